@@ -1,0 +1,96 @@
+"""Projection heads: one linear layer and tanh each, used in training only and saved beside the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS_NAME = "heads.safetensors"
+CONFIG_NAME = "heads_config.json"
+
+
+class ProjectionHead(nn.Module):
+    """``tanh(W x + b)``.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project ``x``.
+
+        Args:
+            x: (N, in_features), or narrower: embeddings truncated by MatryoshkaLoss meet the first columns of W.
+
+        Returns:
+            (N, out_features), in (-1, 1).
+
+        Raises:
+            ValueError: if ``x`` is wider than the head.
+        """
+        width = x.shape[-1]
+        if width > self.dense.in_features:
+            raise ValueError(f"the head takes vectors of width {self.dense.in_features}, got {width}")
+        return torch.tanh(F.linear(x.to(self.dense.weight.dtype), self.dense.weight[:, :width], self.dense.bias))
+
+
+def save_heads(heads: nn.ModuleDict, path: str | Path, config: Mapping[str, object]) -> None:
+    """Write ``heads`` to ``path/heads.safetensors`` and what they are to ``path/heads_config.json``.
+
+    Args:
+        heads: the heads by name.
+        path: a directory, created if need be.
+        config: further entries of the JSON file, for the reader.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    shapes = {name: list(value.shape) for name, value in heads.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, path / WEIGHTS_NAME)
+    (path / CONFIG_NAME).write_text(json.dumps({**config, "shapes": shapes}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_heads(heads: nn.ModuleDict, path: str | Path) -> None:
+    """Read what :func:`save_heads` wrote into ``heads``, in place.
+
+    Args:
+        heads: the heads by name.
+        path: the directory.
+
+    Raises:
+        FileNotFoundError: if there are no heads at ``path``.
+        ValueError: if the file is damaged, or a parameter is missing, unknown or of another shape. Nothing is changed
+            then.
+    """
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: {path} is not a directory that save_heads wrote")
+    try:
+        saved = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read, it may be truncated: {error}") from error
+    expected = heads.state_dict()
+    problems = [f"{name} is missing from the file" for name in expected.keys() - saved.keys()]
+    problems += [f"{name} is unknown to this loss" for name in saved.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {tuple(saved[name].shape)} in the file, {tuple(expected[name].shape)} in this loss"
+        for name in expected.keys() & saved.keys()
+        if saved[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{file} does not fit this loss: {'; '.join(sorted(problems))}. Build the loss with the model, teacher_dim "
+            "and projection_dim that it was trained with"
+        )
+    heads.load_state_dict(saved)

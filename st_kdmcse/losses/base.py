@@ -1,0 +1,126 @@
+"""What the losses share: two dropout views from one forward pass, the text head, gathering, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import all_gather, all_gather_with_grad
+from sentence_transformers.util.distributed import get_rank, get_world_size
+from torch import Tensor, nn
+
+from st_kdmcse import heads as heads_io
+from st_kdmcse.heads import ProjectionHead
+from st_kdmcse.losses.components import LossComponents
+
+Views = tuple[Tensor, Tensor]
+
+
+class TwoViewLoss(nn.Module):
+    """Base of the losses: a contrastive text loss between two dropout views of each sentence.
+
+    Subclasses give :meth:`text_loss`; those that learn from a teacher extend :meth:`compute_loss_from_embeddings` and
+    :meth:`teacher_batch`.
+
+    Args:
+        model: the student.
+        gather_across_devices: use the batches of all processes as candidates.
+    """
+
+    def __init__(self, model: SentenceTransformer, gather_across_devices: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.gather_across_devices = gather_across_devices
+        self.hidden_dim: int = model.get_embedding_dimension()
+        self.heads = nn.ModuleDict({"text": ProjectionHead(self.hidden_dim, self.hidden_dim)})
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
+        """The loss of a tokenized batch.
+
+        Args:
+            sentence_features: one tokenized column, which is doubled to give two dropout views in one forward pass; or
+                two, which are the views (as with ``InputExample(texts=[sentence, sentence])``).
+            labels: the teacher's side of the batch, see the class; None for a batch of plain text.
+
+        Returns:
+            The terms of the loss.
+        """
+        columns = [dict(features) for features in sentence_features]
+        if len(columns) == 1:
+            columns.append(dict(columns[0]))
+        if len(columns) != 2:
+            raise ValueError(
+                f"{type(self).__name__} takes one column of sentences, or two views of it; got {len(columns)}"
+            )
+        first, second = embed_columns(self.model, columns, separate_first=False)
+        return self.compute_loss_from_embeddings((first, second), **self.teacher_batch(labels, first.device))
+
+    def compute_loss_from_embeddings(
+        self,
+        views: Views,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_ids: Any = None,
+    ) -> LossComponents:
+        """The loss of sentences that are encoded already.
+
+        Args:
+            views: two (N, hidden) tensors, the sentence embeddings under two dropout masks.
+            image_features: (N, T) teacher features of each sentence's image; None for a batch of plain text.
+            text_features: (N, T) teacher features of each sentence.
+            image_ids: N integers (or any hashable values) that are equal where the image is.
+
+        Returns:
+            The terms, whose sum is the training loss.
+        """
+        return LossComponents({"text": self.text_loss(*self.project_text(views))})
+
+    def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
+        """The text term: (N, hidden) and (M, hidden) head outputs to a scalar."""
+        raise NotImplementedError
+
+    def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
+        """What the labels bring for :meth:`compute_loss_from_embeddings`; nothing for a loss without teacher."""
+        return {}
+
+    def project_text(self, views: Views) -> tuple[Tensor, Tensor, int]:
+        """Text-head outputs of the anchors, of the candidates of all processes, and the first positive's row."""
+        anchors, candidates = (self.heads["text"](view) for view in views)
+        return anchors, self.gather(candidates, with_grad=True), self.offset(anchors)
+
+    def gather(self, rows: Tensor, with_grad: bool = False) -> Tensor:
+        """The rows of all processes one after the other, if the loss gathers; else the rows."""
+        if not self.gathers:
+            return rows
+        gathered: Tensor = all_gather_with_grad(rows) if with_grad else all_gather(rows)
+        return gathered
+
+    def offset(self, rows: Tensor) -> int:
+        """Where this process's rows begin among the gathered ones."""
+        return get_rank() * len(rows) if self.gathers else 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether there are other processes whose rows become candidates."""
+        return self.gather_across_devices and get_world_size() > 1
+
+    def save_heads(self, path: str | Path) -> None:
+        """Write the heads to the directory ``path``: ``heads.safetensors`` and ``heads_config.json``."""
+        heads_io.save_heads(self.heads, path, {"loss": type(self).__name__, **self.get_config_dict()})
+
+    def load_heads(self, path: str | Path) -> None:
+        """Read the heads that :meth:`save_heads` wrote.
+
+        Raises:
+            FileNotFoundError: if ``path`` holds none.
+            ValueError: if a parameter is missing, unknown or of another shape, by name; nothing is changed then.
+        """
+        heads_io.load_heads(self.heads, path)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {"gather_across_devices": self.gather_across_devices}

@@ -1,0 +1,264 @@
+"""What MCSE and KDMCSE share: teacher features of a batch, the grounding and teacher heads, the cross-modal terms."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_kdmcse import functional
+from st_kdmcse.config import KDMCSEConfig, SoftLabel
+from st_kdmcse.heads import ProjectionHead
+from st_kdmcse.losses.base import TwoViewLoss, Views
+from st_kdmcse.losses.components import LossComponents
+
+if TYPE_CHECKING:
+    from st_kdmcse.data.store import FeatureStore
+
+Modality = Literal["image", "text"]
+
+# The name of each term in the logs: "text" is the student's own text loss there.
+_TERM: dict[Modality, str] = {"image": "image", "text": "caption"}
+
+
+class GroundedLoss(TwoViewLoss):
+    """Base of the losses that ground sentences in teacher features.
+
+    Args:
+        model: the student.
+        config: the options.
+        modalities: the teacher features to learn from.
+        teacher_dim: T, the width of the teacher features.
+        features: the store that row numbers refer to.
+        gather_across_devices: use the batches of all processes as candidates.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        config: KDMCSEConfig,
+        modalities: Sequence[Modality],
+        teacher_dim: int,
+        features: FeatureStore | None,
+        gather_across_devices: bool,
+    ) -> None:
+        super().__init__(model, gather_across_devices)
+        if features is not None and features.dim != teacher_dim:
+            raise ValueError(
+                f"the features at {features.path} have {features.dim} dimensions and teacher_dim is {teacher_dim}: "
+                f"pass teacher_dim={features.dim}"
+            )
+        self.config = _with_thresholds(config, features)
+        self.modalities = tuple(modalities)
+        self.teacher_dim = teacher_dim
+        self.features = features
+        self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
+        for modality in self.modalities:
+            self.heads[f"teacher_{modality}"] = ProjectionHead(teacher_dim, config.projection_dim)
+
+    def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
+        """SimCSE (Eq. 1), or with ``text_margin`` the released code's fixed margin on the negatives."""
+        temperature, margin = self.config.text_temperature, self.config.text_margin
+        if margin == 0:
+            return functional.info_nce(anchors, candidates, temperature, positive_offset=offset)
+        # AdapACSE with a teacher that finds every pair wholly unlike has the same margin everywhere.
+        nothing_alike = anchors.new_zeros(len(anchors), len(candidates))
+        return functional.adap_acse(
+            anchors,
+            candidates,
+            nothing_alike,
+            margin,
+            temperature,
+            guard=self.config.margin_guard,
+            positive_offset=offset,
+        )
+
+    def compute_loss_from_embeddings(
+        self,
+        views: Views,
+        image_features: Tensor | None = None,
+        text_features: Tensor | None = None,
+        image_ids: Any = None,
+    ) -> LossComponents:
+        """The loss of sentences that are encoded already: the text loss alone where there are no teacher features.
+
+        Args:
+            views: two (N, hidden) tensors, the sentence embeddings under two dropout masks.
+            image_features: (N, T) teacher features of each sentence's image, or None.
+            text_features: (N, T) teacher features of each sentence, or None.
+            image_ids: N integers (or any hashable values) that are equal where the image is; needed by
+                ``remove_same_image``.
+
+        Returns:
+            The terms "text", "image" and "caption", weighted: their sum is the training loss. As metrics, how many
+            negatives the filter removed from each cross-modal term.
+
+        Raises:
+            ValueError: if one of the features is missing or has the wrong shape.
+        """
+        loss = super().compute_loss_from_embeddings(views)
+        local: dict[Modality, Tensor] = {}
+        if image_features is not None:
+            local["image"] = image_features
+        if text_features is not None:
+            local["text"] = text_features
+        if not local:
+            return loss
+        self._check_features(local, len(views[0]))
+        candidates = {name: self.gather(rows) for name, rows in local.items()}
+        offset = self.offset(views[0])
+        same_image = self._same_image(image_ids, views[0]) if self.config.remove_same_image else None
+        grounded = [self.heads["grounding"](view) for view in views]
+        for modality in self.modalities:
+            keep = self._keep(modality, local, candidates, same_image, offset)
+            soft_labels = self._soft_labels(modality, local, candidates)
+            teacher = self.heads[f"teacher_{modality}"](candidates[modality])
+            term = torch.stack([self._adap_acse(view, teacher, soft_labels, keep, offset) for view in grounded]).sum()
+            loss[_TERM[modality]] = self._weight * term
+            if keep is not None:
+                loss.metrics[f"{_TERM[modality]}_negatives_removed"] = (~keep).sum()
+        return loss
+
+    def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
+        """Teacher features from the labels: row numbers (N,) or (N, 1) of the store, or the features (N, 2 T)."""
+        if labels is None:
+            return {}
+        if labels.ndim == 1 or labels.shape[1] == 1:
+            return self._features_of_rows(labels.reshape(-1), device)
+        if labels.ndim != 2 or labels.shape[1] != 2 * self.teacher_dim:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} are neither row numbers (N, 1) nor image and text features "
+                f"(N, {2 * self.teacher_dim}) of a teacher with teacher_dim={self.teacher_dim}"
+            )
+        finite = labels.isfinite().all(dim=1)
+        if not finite.all():
+            position = int(finite.logical_not().nonzero()[0])
+            raise ValueError(f"the teacher features of example {position} of the batch hold NaN or infinite values")
+        image_features, text_features = labels.chunk(2, dim=1)
+        return {"image_features": image_features, "text_features": text_features}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        return {"teacher_dim": self.teacher_dim, **super().get_config_dict()}
+
+    @property
+    def _weight(self) -> float:
+        """What a term is multiplied with, once summed over the two views."""
+        views = 2 if self.config.view_reduction == "mean" else 1
+        modalities = len(self.modalities) if self.config.modality_reduction == "mean" else 1
+        return self.config.multimodal_weight / (views * modalities)
+
+    def _adap_acse(
+        self, anchors: Tensor, teacher: Tensor, soft_labels: Tensor, keep: Tensor | None, offset: int
+    ) -> Tensor:
+        config = self.config
+        return functional.adap_acse(
+            anchors,
+            teacher,
+            soft_labels,
+            config.margin,
+            config.temperature,
+            keep,
+            guard=config.margin_guard,
+            positive_offset=offset,
+        )
+
+    def _soft_labels(
+        self, modality: Modality, local: dict[Modality, Tensor], candidates: dict[Modality, Tensor]
+    ) -> Tensor:
+        if self.config.margin == 0:  # no margin to scale: any matrix of the right shape will do
+            rows = local[modality]
+            return rows.new_zeros(len(rows), len(candidates[modality]))
+        kind = self.config.image_soft_label if modality == "image" else self.config.text_soft_label
+        return functional.cosine_similarity_matrix(*_sides(kind, local, candidates))
+
+    def _keep(
+        self,
+        modality: Modality,
+        local: dict[Modality, Tensor],
+        candidates: dict[Modality, Tensor],
+        same_image: Tensor | None,
+        offset: int,
+    ) -> Tensor | None:
+        """The (N, M) mask of the pairs that stay, None where nothing is removed."""
+        config = self.config
+        threshold = config.image_threshold if modality == "image" else config.text_threshold
+        keep = None
+        if config.filter_negatives and threshold is not None:
+            kind = config.image_filter if modality == "image" else config.text_filter
+            anchors, others = _sides(kind, local, candidates)
+            if config.filter_score == "cosine":
+                score = functional.cosine_similarity_matrix(anchors, others)
+            else:
+                wide = torch.promote_types(anchors.dtype, torch.float32)
+                score = anchors.to(wide) @ others.to(wide).T
+            keep = functional.threshold_filter(
+                score, float(threshold), inclusive=config.filter_inclusive, positive_offset=offset
+            )
+        if same_image is not None:
+            other_image = ~same_image | functional.positive_mask(same_image, offset)
+            keep = other_image if keep is None else keep & other_image
+        return keep
+
+    def _same_image(self, image_ids: Tensor | Sequence[Hashable] | None, like: Tensor) -> Tensor:
+        if image_ids is None:
+            raise ValueError(
+                "remove_same_image needs image_ids: train with row numbers of a feature store, or pass them"
+            )
+        if not isinstance(image_ids, Tensor):
+            number: dict[Hashable, int] = {}
+            image_ids = torch.tensor([number.setdefault(image, len(number)) for image in image_ids])
+        image_ids = image_ids.to(like.device)
+        return image_ids.unsqueeze(1) == self.gather(image_ids)
+
+    def _check_features(self, features: dict[Modality, Tensor], count: int) -> None:
+        for name in self.modalities:
+            if name not in features:
+                raise ValueError(f"{type(self).__name__} needs {name}_features as well")
+        for name, rows in features.items():
+            if rows.shape != (count, self.teacher_dim):
+                raise ValueError(
+                    f"{name}_features must have shape {(count, self.teacher_dim)} (sentences, teacher_dim), "
+                    f"got {tuple(rows.shape)}"
+                )
+
+    def _features_of_rows(self, rows: Tensor, device: torch.device) -> dict[str, Any]:
+        if self.features is None:
+            raise ValueError(
+                f"the labels are row numbers, and {type(self).__name__} has no feature store: pass features=store"
+            )
+        batch = self.features.gather(rows.cpu().long())
+        return {
+            "image_features": torch.from_numpy(batch.image_features).to(device, non_blocking=True),
+            "text_features": torch.from_numpy(batch.text_features).to(device, non_blocking=True),
+            "image_ids": torch.from_numpy(batch.image_rows).to(device, non_blocking=True),
+        }
+
+
+def _sides(kind: SoftLabel, local: dict[Modality, Tensor], candidates: dict[Modality, Tensor]) -> tuple[Tensor, Tensor]:
+    """The anchors' and the candidates' features of a soft label such as "text-image"."""
+    anchor, candidate = kind.split("-")
+    for name in (anchor, candidate):
+        if name not in local:
+            raise ValueError(f"the soft label {kind} needs {name}_features as well")
+    return local[anchor], candidates[candidate]  # type: ignore[index]
+
+
+def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDMCSEConfig:
+    """Replace thresholds that say "auto" by what the store suggests."""
+    if "auto" not in (config.image_threshold, config.text_threshold):
+        return config
+    if features is None:
+        raise ValueError('a threshold of "auto" is read off a feature store: pass features=store, or a number')
+    from st_kdmcse.data.store import teacher_thresholds
+
+    text, image = teacher_thresholds(features)
+    return replace(
+        config,
+        image_threshold=image if config.image_threshold == "auto" else config.image_threshold,
+        text_threshold=text if config.text_threshold == "auto" else config.text_threshold,
+    )

@@ -1,0 +1,34 @@
+"""The student: a BERT-like encoder whose [CLS] vector is the sentence embedding."""
+
+from __future__ import annotations
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+
+def build_student(name_or_path: str, max_seq_length: int = 32) -> SentenceTransformer:
+    """A sentence encoder from any BERT-like checkpoint: the last layer's [CLS] vector, before the MLP pooler.
+
+    Args:
+        name_or_path: a hub name or local folder of a BERT, RoBERTa, MiniLM, ... encoder, or of a sentence-transformers
+            model, of which the encoder is taken.
+        max_seq_length: tokens after which sentences are cut off (32 in the paper).
+
+    Returns:
+        Transformer + Pooling("cls"), which saves as a stock sentence-transformers model.
+
+    Raises:
+        ValueError: if the model has no [CLS] token, or fewer positions than ``max_seq_length``.
+    """
+    transformer = Transformer(name_or_path, max_seq_length=max_seq_length)
+    config = transformer.auto_model.config
+    if getattr(transformer.tokenizer, "cls_token", None) is None or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name_or_path} ({config.model_type}) has no [CLS] token to pool: use an encoder such as BERT or RoBERTa"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if not 2 <= max_seq_length <= (positions or max_seq_length):
+        raise ValueError(
+            f"max_seq_length must be from 2 to the {positions} positions of {name_or_path}, got {max_seq_length}"
+        )
+    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])

@@ -1,0 +1,175 @@
+"""A SentenceTransformerTrainer that knows the step-ratio schedule and takes care of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.util.distributed import get_world_size
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, ConcatDataset
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import nested_gather
+
+from st_kdmcse.collator import KDMCSEDataCollator
+from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.losses.components import LossComponents
+from st_kdmcse.schedule import ROW_COLUMN, StepRatioBatchSampler
+
+HEADS_DIR = "heads"
+"""The folder beside a saved model that holds its heads."""
+
+
+class KDMCSETrainer(SentenceTransformerTrainer):
+    """The stock trainer, with what two sources and trained heads need.
+
+    - **Schedule**: a ``DatasetDict`` of a text dataset (column ``sentence``) and a pair dataset (columns ``sentence``
+      and ``row``) is drawn as in Algorithm 1, see :class:`~st_kdmcse.schedule.StepRatioBatchSampler`.
+    - **Heads** are saved in each checkpoint (folder ``heads``), restored by ``resume_from_checkpoint`` and
+      ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
+    - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
+
+    Args:
+        model: the student.
+        train_dataset: a dataset of sentences or of pairs, or a dictionary of one of each.
+        pair_every: every how many steps a pair batch comes; None computes it from the sizes.
+        kwargs: as for ``SentenceTransformerTrainer``.
+
+    Raises:
+        ValueError: if a dataset has other columns than one of text and optionally ``row``.
+    """
+
+    data_collator_class = KDMCSEDataCollator
+
+    def __init__(
+        self,
+        *args: Any,
+        train_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        pair_every: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(train_dataset, Dataset):
+            # One sampler for one source or two: the stock one for a single dataset is not resumed exactly.
+            train_dataset = {"pairs" if ROW_COLUMN in train_dataset.column_names else "text": train_dataset}
+        for name, dataset in (train_dataset or {}).items():
+            _check_columns(name, dataset)
+        self.pair_every = pair_every
+        self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        self.add_callback(_BroadcastHeads(self))
+
+    @property
+    def head_losses(self) -> list[TwoViewLoss]:
+        """The losses that own heads, wrapped ones included."""
+        losses = nn.ModuleList(self.loss.values()) if isinstance(self.loss, dict) else self.loss
+        return [module for module in losses.modules() if isinstance(module, TwoViewLoss)]
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of all heads."""
+        return [parameter for loss in self.head_losses for parameter in loss.heads.parameters()]
+
+    def get_multi_dataset_batch_sampler(
+        self,
+        dataset: ConcatDataset[Any],
+        batch_samplers: Sequence[BatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int | None = 0,
+    ) -> BatchSampler:
+        """The schedule of Algorithm 1."""
+        return StepRatioBatchSampler(
+            dataset,
+            batch_samplers,
+            generator=generator,
+            seed=seed or 0,
+            pair_every=self.pair_every,
+            run_length=self.args.world_size * self.args.gradient_accumulation_steps,
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward; DDP averages the student's gradients between processes, this the heads'."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if get_world_size() > 1 and self.accelerator.sync_gradients:
+            gradients = [parameter.grad for parameter in self.head_parameters if parameter.grad is not None]
+            _for_all(gradients, lambda flat: dist.all_reduce(flat.div_(get_world_size())))
+        return loss
+
+    def broadcast_heads(self) -> None:
+        """Give every process the heads of the first."""
+        if get_world_size() > 1:
+            _for_all([parameter.data for parameter in self.head_parameters], lambda flat: dist.broadcast(flat, src=0))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        parameters = [*model.parameters(), *self.head_parameters]
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        for path, loss in self._head_paths(output_dir or self.args.output_dir):
+            loss.save_heads(path)
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        for path, loss in self._head_paths(checkpoint_path):
+            loss.load_heads(path)
+        super()._load_from_checkpoint(checkpoint_path)
+
+    def _head_paths(self, directory: str | Path) -> list[tuple[Path, TwoViewLoss]]:
+        losses = self.head_losses
+        names = [HEADS_DIR] if len(losses) == 1 else [f"{HEADS_DIR}-{number}" for number in range(len(losses))]
+        return [(Path(directory) / name, loss) for name, loss in zip(names, losses, strict=True)]
+
+    def track_loss_components(self, loss: dict[str, Tensor]) -> None:
+        """Remember the terms and metrics of a batch for the next log."""
+        sums = self._log_sums["train" if self.model.training else "eval"]
+        metrics = loss.metrics if isinstance(loss, LossComponents) else {}
+        for name, value in {**loss, **metrics}.items():
+            value = value.detach().float()
+            # A sum and a count: a term is averaged over the batches that have it, not over all.
+            entry = torch.stack([value, torch.ones_like(value)])
+            sums[name] = sums[name] + entry if name in sums else entry
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each term and metric since the last log."""
+        kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
+        if kind and self._log_sums[kind]:
+            prefix = "eval_" if kind == "eval" else ""
+            gathered = nested_gather(self._log_sums[kind], parallel_mode=self.args.parallel_mode)
+            for name, entries in gathered.items():
+                total, count = entries.reshape(-1, 2).sum(dim=0).tolist()
+                logs = {**logs, prefix + name: round(total / count, 4)}
+            self._log_sums[kind] = {}
+        super().log(logs, start_time)
+
+
+class _BroadcastHeads(TrainerCallback):
+    """Heads are initialised in each process: make them equal before the first step."""
+
+    def __init__(self, trainer: KDMCSETrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.broadcast_heads()
+
+
+def _check_columns(name: str, dataset: Dataset) -> None:
+    texts = [column for column in dataset.column_names if column != ROW_COLUMN]
+    if len(texts) != 1:
+        raise ValueError(
+            f"dataset {name!r} must have one column of sentences and optionally {ROW_COLUMN!r}, got "
+            f"{dataset.column_names}; every other column would be trained on as text: use dataset.select_columns"
+        )
+
+
+def _for_all(tensors: list[Tensor], collective: Any) -> None:
+    """Run a collective over many small tensors at once, in place."""
+    if not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    collective(flat)
+    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))

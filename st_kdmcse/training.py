@@ -1,0 +1,499 @@
+"""A whole training run: checks, data, student, loss, trainer, evaluation, saving. The scripts are thin over it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from st_kdmcse.config import KDMCSEConfig
+from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
+from st_kdmcse.losses import ArcCSELoss, KDMCSELoss, MCSELoss, SimCSELoss
+from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.student import build_student
+from st_kdmcse.trainer import KDMCSETrainer
+
+logger = logging.getLogger(__name__)
+
+METRIC = "eval_sts-dev_spearman_cosine"
+SUMMARY_NAME = "training_summary.json"
+_RUN_NAME = "run.json"
+_CHECKPOINTS = "checkpoints"
+_FEATURES = "features"
+_LAST = "last"
+_STATE_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
+# Options that may differ between a run and its resumption: they do not change what is computed.
+_FREE_TO_CHANGE = {"resume", "report_to", "output_dir"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal; the message names the checkpoint to resume from."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What to train, on what, and how. None stands for the recipe's default.
+
+    Args:
+        model: hub name or folder of the encoder to start from.
+        text: file of sentences, one a line.
+        features: a feature store directory, or a JSON file of the KDMCSE authors' format.
+        recipe: the paper's choices or those of its released code.
+        method: a name of :data:`METHODS`.
+        config: options of :class:`KDMCSEConfig` that differ from the recipe.
+        eval_data: SentEval directory, or a dataset with STS-B's columns (hub name or folder).
+        output_dir: where the model goes; must be empty or absent, unless the run is resumed.
+        epochs: passes over the larger source.
+        max_steps: optimizer steps, instead of epochs.
+        batch_size: sentences a step and device; 64, for RoBERTa 128.
+        lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
+        max_seq_length: tokens after which sentences are cut off.
+        pair_every: every how many steps a pair batch comes; computed from the sizes.
+        captions_per_image: draw that many captions of each image; all.
+        seed: of initialisation, data order and dropout.
+        eval_steps: steps between evaluations on STS-B dev (and checkpoints); 0 evaluates never.
+        gather_across_devices: use the batches of all devices as negatives.
+        bf16: bfloat16 autocast; on where a GPU has it.
+        workers: processes that tokenize.
+        report_to: where the Trainer reports: "none", "tensorboard", "wandb", ...
+        resume: go on from the newest checkpoint in ``output_dir``.
+    """
+
+    model: str = "bert-base-uncased"
+    text: Path | None = None
+    features: Path | None = None
+    recipe: Literal["paper", "released"] = "paper"
+    method: str = "kdmcse"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    eval_data: str = "sentence-transformers/stsb"
+    output_dir: Path = Path("kdmcse-bert")
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    max_seq_length: int = 32
+    pair_every: int | None = None
+    captions_per_image: int | None = None
+    seed: int = 42
+    eval_steps: int = 125
+    gather_across_devices: bool = False
+    bf16: bool | None = None
+    workers: int = 0
+    report_to: str = "none"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("epochs", "max_steps", "batch_size", "lr", "captions_per_image"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.eval_steps < 0 or self.workers < 0:
+            raise ValueError(f"eval_steps and workers must not be negative, got {self.eval_steps} and {self.workers}")
+        if METHODS[self.method].needs_features and self.features is None:
+            raise ValueError(f"method {self.method} learns from teacher features: give --features STORE")
+        if self.text is None and self.features is None:
+            raise ValueError("there is nothing to train on: give --text FILE, --features STORE, or both")
+        if self.bf16 and not torch.cuda.is_available():
+            raise ValueError("bf16 needs a GPU; on a CPU it is about 100 times slower than float32")
+        self.loss_config()
+
+    def loss_config(self) -> KDMCSEConfig:
+        """The recipe with the overrides of the method and of the user."""
+        recipe = KDMCSEConfig.released if self.recipe == "released" else KDMCSEConfig.paper
+        return recipe(**{**self.config, **METHODS[self.method].overrides})
+
+
+class Method(NamedTuple):
+    """A row of the paper's tables: a loss and the options that define it."""
+
+    build: Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool], TwoViewLoss]
+    needs_features: bool
+    overrides: Mapping[str, Any] = {}
+
+
+def _kdmcse(model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool) -> TwoViewLoss:
+    return KDMCSELoss(model, config, store.dim if store else 512, store, gather)
+
+
+def _mcse(use_captions: bool) -> Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool], TwoViewLoss]:
+    def build(
+        model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool
+    ) -> TwoViewLoss:
+        return MCSELoss(
+            model,
+            multimodal_weight=config.multimodal_weight,
+            temperature=config.temperature,
+            text_temperature=config.text_temperature,
+            use_captions=use_captions,
+            projection_dim=config.projection_dim,
+            teacher_dim=store.dim if store else 512,
+            features=store,
+            gather_across_devices=gather,
+        )
+
+    return build
+
+
+METHODS: dict[str, Method] = {
+    "kdmcse": Method(_kdmcse, True),
+    "kdmcse-without-adapacse": Method(_kdmcse, True, {"margin": 0.0}),
+    "kdmcse-without-filter": Method(_kdmcse, True, {"filter_negatives": False}),
+    "mcse": Method(_mcse(use_captions=False), True),
+    "mcse-clip-text": Method(_mcse(use_captions=True), True),
+    "simcse": Method(lambda model, config, _, gather: SimCSELoss(model, config.text_temperature, gather), False),
+    "arccse": Method(
+        lambda model, config, _, gather: ArcCSELoss(
+            model, temperature=config.text_temperature, gather_across_devices=gather
+        ),
+        False,
+    ),
+}
+"""The methods of Tables 1, 3 and 5 by name."""
+
+
+def train(options: TrainingOptions) -> dict[str, Any]:
+    """Train a student and save it as a stock sentence-transformers model.
+
+    ``output_dir`` then holds the model with the best STS-B dev score, its heads (``heads/``), the last model
+    (``last/``), the checkpoints and ``training_summary.json``.
+
+    Args:
+        options: what to train.
+
+    Returns:
+        The content of ``training_summary.json``.
+
+    Raises:
+        ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded.
+        Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
+    """
+    state = PartialState()
+    inputs = _Inputs.load(options, state)
+    encoder = AutoConfig.from_pretrained(options.model)
+    arguments = _arguments(options, roberta="roberta" in encoder.model_type)
+    checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
+    run = _claim(options, inputs, arguments) if state.is_main_process else {}
+    state.wait_for_everyone()
+
+    set_seed(options.seed)
+    model = build_student(options.model, options.max_seq_length)
+    loss = METHODS[options.method].build(model, options.loss_config(), inputs.store, options.gather_across_devices)
+    evaluator = _evaluator(inputs.dev, "sts-dev") if inputs.dev else None
+    if evaluator and "score_before" not in run and state.is_main_process:
+        run["score_before"] = _spearman(evaluator, model)
+        _write_json(options.output_dir / _RUN_NAME, run)
+    stop = _StopOnSignal()
+    trainer = KDMCSETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=inputs.sources,
+        loss=loss,
+        evaluator=evaluator,
+        pair_every=options.pair_every,
+        callbacks=[stop, _EvaluateAtEnd()],
+    )
+    started = time.perf_counter()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    last = latest_checkpoint(options.output_dir)
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped; {last} holds everything: run the same command with --resume to go on")
+    summary: dict[str, Any] = {}
+    if state.is_main_process:
+        summary = _summary(options, trainer, run, evaluator, inputs, seconds)
+        trainer.save_model(str(options.output_dir))
+        if last is not None:
+            _copy_model(last, options.output_dir / _LAST)
+        _write_json(options.output_dir / SUMMARY_NAME, summary)
+    state.wait_for_everyone()
+    return summary
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, None if there is none.
+
+    Args:
+        output_dir: the directory that :func:`train` was given.
+    """
+    complete = []
+    for path in (output_dir / _CHECKPOINTS).glob("checkpoint-*"):
+        # The trainer state is written after everything else: with it, a checkpoint is whole.
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and is passed over", path)
+            continue
+        complete.append((int(path.name.rpartition("-")[2]), path))
+    return max(complete)[1] if complete else None
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads: loaded and checked."""
+
+    sources: dict[str, Dataset]
+    store: FeatureStore | None
+    dev: STSPairs | None
+    test: STSPairs | None
+    checksums: dict[str, str]
+
+    @classmethod
+    def load(cls, options: TrainingOptions, state: PartialState) -> _Inputs:
+        # The cheap checks first: a conversion of features may take an hour.
+        if state.is_main_process:
+            _check_output_dir(options)
+        for name in ("text", "features"):
+            path = getattr(options, name)
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"--{name} {path} does not exist")
+        dev = test = None
+        if options.eval_steps:
+            dev, test = (load_sts_benchmark(options.eval_data, split) for split in ("dev", "test"))
+        sources: dict[str, Dataset] = {}
+        checksums = {}
+        store = None
+        if options.text is not None:
+            sources["text"] = read_sentences(options.text)
+            checksums["text"] = sha256_file(options.text)
+        if options.features is not None:
+            with state.main_process_first():
+                store = _open_features(options)
+            if state.is_main_process:
+                store.verify()
+            sources["pairs"] = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
+            checksums["features"] = _store_checksum(store)
+        return cls(sources, store, dev, test, checksums)
+
+
+def _open_features(options: TrainingOptions) -> FeatureStore:
+    path = Path(options.features or "")
+    if path.is_dir():
+        return FeatureStore.open(path)
+    imported = options.output_dir / _FEATURES
+    if imported.exists():  # only when resuming: the output directory was empty otherwise
+        return FeatureStore.open(imported)
+    return import_released_json(path, imported)
+
+
+def _store_checksum(store: FeatureStore) -> str:
+    manifest = store.manifest
+    if "checksum" in manifest:
+        return str(manifest["checksum"])
+    files = (path for path in sorted(store.path.iterdir()) if path.suffix in {".npy", ".csv", ".arrow"})
+    return hashlib.sha256("".join(sha256_file(path) for path in files).encode()).hexdigest()
+
+
+def _check_output_dir(options: TrainingOptions) -> None:
+    output_dir = options.output_dir
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output-dir {output_dir} is a file")
+    if options.resume:
+        if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / _RUN_NAME).is_file():
+            raise ValueError(f"--output-dir {output_dir} holds no run to resume: there is no {_RUN_NAME} in it")
+        if (output_dir / SUMMARY_NAME).is_file():
+            raise ValueError(f"the run in {output_dir} is finished: its results are in {output_dir / SUMMARY_NAME}")
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        remedy = "add --resume to go on with it, or " if (output_dir / _RUN_NAME).is_file() else ""
+        raise ValueError(f"--output-dir {output_dir} is not empty: {remedy}choose another directory")
+
+
+def _claim(
+    options: TrainingOptions, inputs: _Inputs, arguments: SentenceTransformerTrainingArguments
+) -> dict[str, Any]:
+    """The record of the run; a resumed one must have been started with the same options and data."""
+    described = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    run: dict[str, Any] = {
+        "options": {name: value for name, value in described.items() if name not in _FREE_TO_CHANGE},
+        "batch_size": arguments.per_device_train_batch_size,
+        "learning_rate": arguments.learning_rate,
+        "data_sha256": inputs.checksums,
+    }
+    path = options.output_dir / _RUN_NAME
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changes = [
+            f"{name} was {earlier['options'].get(name)!r}, is {value!r}"
+            for name, value in run["options"].items()
+            if earlier["options"].get(name) != value
+        ]
+        changes += [
+            f"the {name} data have changed"
+            for name, value in run["data_sha256"].items()
+            if earlier["data_sha256"].get(name) != value
+        ]
+        if changes:
+            raise ValueError(f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}")
+        return dict(earlier)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    _write_json(path, run)
+    return run
+
+
+def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTrainingArguments:
+    cuda = torch.cuda.is_available()
+    evaluates = options.eval_steps > 0
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(options.output_dir / _CHECKPOINTS),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_size or (128 if roberta else 64),
+        learning_rate=options.lr or (1e-5 if roberta else 3e-5),
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=(cuda and torch.cuda.is_bf16_supported()) if options.bf16 is None else options.bf16,
+        seed=options.seed,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=options.eval_steps if evaluates else None,
+        save_strategy="steps",
+        save_steps=options.eval_steps if evaluates else 500,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model=METRIC if evaluates else None,
+        greater_is_better=True if evaluates else None,
+        logging_steps=25,
+        report_to=options.report_to,
+        dataloader_num_workers=options.workers,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def _evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:
+    return EmbeddingSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name, batch_size=128)
+
+
+def _spearman(evaluator: EmbeddingSimilarityEvaluator, model: SentenceTransformer) -> float:
+    return float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])
+
+
+def _summary(
+    options: TrainingOptions,
+    trainer: KDMCSETrainer,
+    run: Mapping[str, Any],
+    evaluator: EmbeddingSimilarityEvaluator | None,
+    inputs: _Inputs,
+    seconds: float,
+) -> dict[str, Any]:
+    history = trainer.state.log_history
+    curve = [{"step": entry["step"], "spearman": entry[METRIC]} for entry in history if METRIC in entry]
+    best = max(curve, key=lambda point: point["spearman"], default=None)
+    cuda = torch.cuda.is_available()
+    packages = ("st-kdmcse", "sentence-transformers", "transformers", "torch", "datasets")
+    return {
+        "method": options.method,
+        "recipe": options.recipe,
+        "config": trainer.head_losses[0].get_config_dict(),
+        "options": run["options"],
+        "batch_size": trainer.args.per_device_train_batch_size,
+        "learning_rate": trainer.args.learning_rate,
+        "processes": trainer.args.world_size,
+        "steps": trainer.state.global_step,
+        "seed": options.seed,
+        "data_sha256": inputs.checksums,
+        "sts_dev_before": run.get("score_before"),
+        "sts_dev_curve": curve,
+        "sts_dev_best": best,
+        "sts_dev_last": curve[-1] if curve else None,
+        "sts_test_of_best": _spearman(_evaluator(inputs.test, "sts-test"), trainer.model) if inputs.test else None,
+        "losses": [entry for entry in history if "loss" in entry],
+        "train_seconds": round(seconds, 1),
+        "resumed": options.resume,
+        "peak_memory_mib": {
+            "device": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
+            "process": _peak_memory_mib(),
+        },
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _peak_memory_mib() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)  # bytes there, KiB elsewhere
+
+
+def _copy_model(checkpoint: Path, target: Path) -> None:
+    """The model of a checkpoint, without the state of the trainer."""
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*_STATE_FILES), dirs_exist_ok=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class _StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finish the step, write a checkpoint and stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("stopping after this step; a checkpoint will be written (Ctrl-C again to stop at once)")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:  # processes may get the signal at different steps, and must stop at the same
+            flag = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag.item())
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class _EvaluateAtEnd(TrainerCallback):
+    """Score the last step too, whatever the interval: the last model's score is reported beside the best one's."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True

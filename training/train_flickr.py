@@ -1,0 +1,34 @@
+"""Train a sentence encoder on text and image-caption pairs (wiki+flickr), or run the embedded demo with --demo."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from st_kdmcse.cli import config_options, run_training, training_options
+
+
+@click.command(context_settings={"show_default": False, "max_content_width": 120})
+@click.option("--demo", is_flag=True, help="Train on the embedded scenes: no network, no data, a few minutes.")
+@training_options
+@config_options
+def main(demo: bool, **arguments: Any) -> None:
+    """Train a sentence encoder with knowledge from CLIP.
+
+    \b
+    python training/train_flickr.py --text wiki1m_for_simcse.txt --features flickr30k-features
+    python training/train_flickr.py --text wiki1m_for_simcse.txt --method simcse
+    python training/train_flickr.py --demo
+    """  # noqa: D301 - click reads the backspace character
+    if demo:
+        from st_kdmcse.demo.run import run_demo
+
+        given = click.get_current_context().get_parameter_source("output_dir")
+        chosen = given is not None and given.name != "DEFAULT"
+        run_demo(arguments["output_dir"] if chosen else Path("kdmcse-demo"), arguments["seed"])
+    else:
+        run_training(arguments)
+
+
+if __name__ == "__main__":
+    main()
