@@ -10,7 +10,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
+from tokenize import TokenError
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -669,14 +671,10 @@ def _as_rows(rows: Any, size: int, owner: str) -> Rows:
     given = np.asarray(rows)
     if given.ndim != 1:
         raise ValueError(f"rows have shape {given.shape}, expected a flat sequence of rows of {owner}")
-    if not given.size:
-        return np.empty(0, dtype=np.int64)
-    if given.dtype.kind not in "iu":
-        bad = next((row for row in given.tolist() if not isinstance(row, int) or isinstance(row, bool)), given[0])
-        raise ValueError(f"row {bad!r} is not an integer; {owner} has {size} rows, from 0 to {size - 1}")
-    outside = (given < 0) | (given >= size)
-    if outside.any():
-        raise ValueError(f"row {given[outside][0]} is out of range: {owner} has {size} rows, from 0 to {size - 1}")
+    if given.dtype.kind not in "iu" or ((given < 0) | (given >= size)).any():
+        for row in np.asarray(rows, dtype=object):
+            if isinstance(row, bool) or not isinstance(row, Integral) or not 0 <= int(row) < size:
+                raise ValueError(f"row {row!r} is not an integer from 0 to {size - 1}: {owner} has {size} rows")
     return given.astype(np.int64, copy=False)
 
 
@@ -738,11 +736,9 @@ def _require(path: Path) -> None:
 def _open_array(path: Path) -> Array:
     _require(path)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} is not a whole .npy file ({error}): copy or write the store again") from error
-    if not isinstance(array, np.memmap):
-        raise ValueError(f"{path} is not an .npy file: save the array with numpy.save")
     if array.ndim != 2 or 0 in array.shape or array.dtype not in (np.float16, np.float32):
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected (n, T) float16 or float32")
     if not array.flags.c_contiguous:
@@ -766,11 +762,12 @@ def _open_table(path: Path) -> pa.Table:
             )
         else:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or is not a table of captions ({error})") from error
     for field in _SCHEMA:
-        if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
-            raise ValueError(f"{path} has no {field.type} column {field.name!r}; its columns: {table.column_names}")
+        if field.name not in names or table.schema.field(field.name).type != field.type:
+            raise ValueError(f"{path} has no {field.type} column {field.name!r}; its columns: {names}")
         if table.column(field.name).null_count:
             raise ValueError(f"{path}: the column {field.name!r} has missing values; fill them in, or leave them out")
     if not table.num_rows:

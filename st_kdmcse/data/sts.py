@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 Split = Literal["train", "dev", "test"]
 
@@ -62,14 +62,16 @@ def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
         split: "train", "dev" or "test".
 
     Raises:
-        FileNotFoundError: if the SentEval folder lacks the split's file.
+        FileNotFoundError: if there is no such folder, or the SentEval folder lacks the split's file.
         ValueError: if the split is unknown, or a row is malformed; names the file and the line.
-        ConnectionError: if ``source`` is not a local folder and the hub cannot be reached or does not have it.
+        ConnectionError: if ``source`` names a data set on the hub, and the hub cannot be reached or does not have it.
     """
     if split not in ("train", "dev", "test"):
         raise ValueError(f'split is {split!r}, expected "train", "dev" or "test"')
     folder = Path(source)
     if not folder.is_dir():
+        if isinstance(source, Path) or folder.is_absolute():
+            raise FileNotFoundError(f"there is no folder {source}: {_LOCAL}")
         return _from_datasets(str(source), split)
     for root in _SENTEVAL_ROOTS:
         if any((folder / root).glob("sts-*.csv")):
@@ -101,11 +103,10 @@ def _from_senteval(path: Path, split: Split) -> STSPairs:
 def _from_datasets(source: str, split: Split) -> STSPairs:
     try:
         splits = load_dataset(source)
-    except (DatasetNotFoundError, OSError) as error:
-        # A hub that cannot be reached is a ConnectionError, an OSError, or "not found" here.
-        raise ConnectionError(
-            f"{source} is not a local folder and could not be loaded from the hub: {_LOCAL}"
-        ) from error
+    except (DatasetsError, OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source} could not be read: {error}; {_LOCAL}") from error
+        raise ConnectionError(f"{source} did not load from the hub: {error}; {_LOCAL}") from error
     name = next((name for name in {"dev": ("validation", "dev")}.get(split, (split,)) if name in splits), None)
     if name is None:
         raise ValueError(f"{source} has the splits {sorted(splits)}, none of them {split}: {_LOCAL}")

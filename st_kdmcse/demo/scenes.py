@@ -137,7 +137,7 @@ def make_scenes(n: int, seed: int, split: Split = "train") -> list[Scene]:
     """Draws scenes of one split.
 
     Args:
-        n: Number of scenes.
+        n: Number of scenes, far below the 58 000 scenes of the smaller split.
         seed: Seed of the draw; the same seed gives the same scenes.
         split: Split to draw from.
 
@@ -164,14 +164,7 @@ def make_scene_pairs(n: int, seed: int) -> list[tuple[Scene, Scene]]:
         ``n`` pairs, in random order of closeness.
     """
     rng = np.random.default_rng(seed)
-    pairs = []
-    for scene in make_scenes(n, seed, "heldout"):
-        n_edits = _pick(_PAIR_EDITS, rng)
-        other = None
-        while other is None or other.split != "heldout":
-            other = _draw_scene(rng) if n_edits is None else edit_scene(scene, n_edits, rng)
-        pairs.append((scene, other))
-    return pairs
+    return [_draw_heldout_pair(_pick(_PAIR_EDITS, rng), rng) for _ in range(n)]
 
 
 def make_pairs(n: int, seed: int) -> list[tuple[str, str, float]]:
@@ -294,6 +287,14 @@ def _draw_scene(rng: np.random.Generator) -> Scene:
     while (second.shape, second.colour) == (first.shape, first.colour):
         second = _draw_group(rng)
     return Scene((first, second), _pick(list(_OPPOSITE), rng))
+
+
+def _draw_heldout_pair(n_edits: int | None, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    while True:
+        scene = _draw_scene(rng)
+        other = _draw_scene(rng) if n_edits is None else edit_scene(scene, n_edits, rng)
+        if scene.split == other.split == "heldout":
+            return scene, other
 
 
 def _draw_group(rng: np.random.Generator) -> Group:

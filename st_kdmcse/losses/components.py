@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,8 @@ from torch import Tensor
 class LossComponents(dict[str, Tensor]):
     """A dictionary of scalar terms whose sum is the training loss.
 
-    The Trainer sums the values for the backward pass and logs them by name. Wrappers such as ``MatryoshkaLoss`` and
-    ``AdaptiveLayerLoss`` scale and add losses; so can these, term by term.
+    The Trainer sums the values for the backward pass and logs them by name. ``MatryoshkaLoss``
+    scales and adds losses; so can these, term by term.
 
     Args:
         terms: the terms by name, each a scalar tensor.
@@ -33,17 +31,12 @@ class LossComponents(dict[str, Tensor]):
         """The training loss, a scalar."""
         return torch.stack(list(self.values())).sum()
 
-    def __mul__(self, factor: float | Tensor) -> LossComponents:
-        return self._each(lambda term: term * factor)
+    def __mul__(self, factor: float) -> LossComponents:
+        return LossComponents({name: term * factor for name, term in self.items()}, self.metrics)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float | Tensor) -> LossComponents:
-        return self._each(lambda term: term / divisor)
-
-    def __add__(self, other: LossComponents | Tensor | float) -> LossComponents:
-        if isinstance(other, Tensor):  # a term of the wrapper's own
-            other = LossComponents({"other": other})
+    def __add__(self, other: LossComponents | float) -> LossComponents:
         if not isinstance(other, LossComponents):
             return self if other == 0 else NotImplemented  # 0 is the start of a running sum
         terms = dict(self)
@@ -52,6 +45,3 @@ class LossComponents(dict[str, Tensor]):
         return LossComponents(terms, {**self.metrics, **other.metrics})
 
     __radd__ = __add__
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> LossComponents:
-        return LossComponents({name: change(term) for name, term in self.items()}, self.metrics)

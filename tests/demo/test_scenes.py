@@ -27,7 +27,9 @@ GROUPS = st.builds(
     size=st.sampled_from(list(SIZES)),
     count=st.sampled_from(list(COUNTS)),
 )
-DOUBLES = st.tuples(GROUPS, GROUPS).filter(lambda pair: (pair[0].shape, pair[0].colour) != (pair[1].shape, pair[1].colour))
+DOUBLES = st.tuples(GROUPS, GROUPS).filter(
+    lambda pair: (pair[0].shape, pair[0].colour) != (pair[1].shape, pair[1].colour)
+)
 SCENES = st.one_of(
     st.builds(lambda group: Scene((group,)), GROUPS),
     st.builds(Scene, DOUBLES, st.sampled_from(["left of", "above"])),
@@ -50,7 +52,7 @@ def test_a_seed_fixes_everything():
 
 def test_the_split_does_not_depend_on_the_process():
     scenes = [Scene((Group(shape, "red", "small", 1),)) for shape in SHAPES]
-    assert [scene.split for scene in scenes] == EXPECTED_SPLITS
+    assert [scene.split for scene in scenes] == [*6 * ["train"], "heldout", "train"]
 
 
 def test_scenes_are_distinct_and_of_their_split():
