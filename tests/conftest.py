@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set ST_KDMCSE_DATA")
     return folder
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """A copy of a folder, so that a test may change it."""
+    return Path(shutil.copytree(source, target))
 
 
 WORDS = "a the two dog dogs man woman child runs plays sits on in of grass beach ball red blue small large snow".split()

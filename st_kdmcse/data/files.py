@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 ByteProgress: TypeAlias = "tqdm[Any]"
 
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 20
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file, read in chunks of 4 MiB.
+    """SHA-256 of a file, read in chunks of 1 MiB.
 
     Args:
         path: the file.

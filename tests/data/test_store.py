@@ -410,7 +410,7 @@ def test_verify_refuses_a_flipped_byte(folder, name):
         FeatureStore.open(folder, verify=True)
 
 
-@settings(max_examples=6000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_no_flipped_byte_goes_unnoticed(tmp_path_factory, pristine, data):
     folder = tmp_path_factory.mktemp("flipped") / "store"

@@ -1,0 +1,63 @@
+"""Two gloo processes of half the batch against one process of the whole batch."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import copy_tree
+
+from st_kdmcse import KDMCSEConfig, KDMCSELoss
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def run(folder, world, steps, batch, lr):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    arguments = [str(folder), str(steps), str(batch), str(lr)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(world), port, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-4000:]
+    return [torch.load(folder / f"result-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_bert, store, student, sentences):
+    copy_tree(tiny_bert, tmp_path / "bert")
+    copy_tree(store.path, tmp_path / "store")
+    (tmp_path / "sentences.txt").write_text("\n".join(sentences[:72]))
+    KDMCSELoss(student, KDMCSEConfig(), teacher_dim=store.dim).save_heads(tmp_path / "heads")
+    return tmp_path
+
+
+def test_the_first_updates_are_those_of_one_process(folder):
+    # Step 1 is a text batch, step 2 a pair batch: with plain SGD the parameters are the sum of both updates.
+    (one,) = run(folder, 1, steps=2, batch=16, lr=1.0)
+    first, second = run(folder, 2, steps=2, batch=8, lr=1.0)
+    for kind in ("student", "heads"):
+        for name, value in one[kind].items():
+            assert torch.equal(first[kind][name], second[kind][name]), f"{name} differs between processes"
+            torch.testing.assert_close(first[kind][name], value, rtol=1e-8, atol=1e-10)
+    for terms in zip(one["logs"], first["logs"], strict=True):
+        # Negatives are counted on each process over its own rows: the mean of two halves is half of the whole.
+        single, double = ({k: v for k, v in entry.items() if k in ("loss", "text", "image", "caption")} for entry in terms)
+        assert single == pytest.approx(double, abs=2e-4)
+
+
+def test_processes_draw_from_one_source_at_a_time_and_never_the_same_rows(folder):
+    first, second = run(folder, 2, steps=6, batch=8, lr=0.1)
+    kinds = [[labels is not None for labels in result["labels"]] for result in (first, second)]
+    assert kinds == [[False, True] * 3] * 2
+    rows = torch.cat([labels for result in (first, second) for labels in result["labels"] if labels is not None])
+    assert len(rows.unique()) == len(rows) == 48

@@ -1,0 +1,121 @@
+"""Algorithm 1 as a batch sampler."""
+
+from itertools import islice
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch.utils.data import ConcatDataset, RandomSampler
+
+from st_kdmcse import StepRatioBatchSampler
+from st_kdmcse.schedule import pair_interval
+
+
+def sampler(texts, pairs, batch_size, **options):
+    sources = []
+    if texts:
+        sources.append(Dataset.from_dict({"sentence": [str(i) for i in range(texts)]}))
+    if pairs:
+        sources.append(Dataset.from_dict({"sentence": [str(i) for i in range(pairs)], "row": list(range(pairs))}))
+    samplers = [DefaultBatchSampler(RandomSampler(source), batch_size=batch_size, drop_last=False) for source in sources]
+    return StepRatioBatchSampler(ConcatDataset(sources), samplers, **options)
+
+
+def kinds(batches, texts):
+    """"T" or "P" a batch; fails on a mixed one."""
+    result = ""
+    for batch in batches:
+        is_pair = {index >= texts for index in batch}
+        assert len(is_pair) == 1
+        result += "P" if is_pair.pop() else "T"
+    return result
+
+
+def test_the_papers_interval():
+    assert pair_interval(1_000_000, 29_783) == 34
+    assert pair_interval(1_000_000, 5 * 29_783) == 7
+    assert pair_interval(10, 1_000) == 2
+
+
+def test_every_pth_step_is_a_pair_batch():
+    batches = list(sampler(120, 40, 10, pair_every=4))
+    assert kinds(batches, 120) == "TTTPTTTPTTTPTTTP"
+
+
+def test_the_run_of_the_paper_has_54_687_steps():
+    # 15,625 text batches of 64 in an epoch and a pair batch after every sixth.
+    steps = sampler(1_000_000, 148_915, 64).steps
+    assert steps == 15_625 + 15_624 // 6
+    assert 3 * steps == 54_687
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    texts=st.integers(1, 90),
+    pairs=st.integers(1, 90),
+    batch_size=st.integers(1, 12),
+    every=st.none() | st.integers(2, 5),
+    runs=st.integers(1, 3),
+)
+def test_an_epoch_passes_over_both_sources(texts, pairs, batch_size, every, runs):
+    if min(texts, pairs) < batch_size * runs:
+        return
+    schedule = sampler(texts, pairs, batch_size, pair_every=every, run_length=runs)
+    batches = list(schedule)
+    assert len(batches) == len(schedule)
+    every = pair_interval(texts, pairs, every)
+    expected = "".join(("P" if step % every == 0 else "T") * runs for step in range(1, schedule.steps + 1))
+    assert kinds(batches, texts) == expected
+    for kind, size in (("T", texts), ("P", pairs)):
+        drawn = [index for batch in batches if kinds([batch], texts) == kind for index in batch]
+        whole = size // (batch_size * runs) * batch_size * runs  # incomplete steps are left out
+        assert len(drawn) >= whole
+        assert len(set(drawn[: size // batch_size * batch_size])) == min(len(drawn), size // batch_size * batch_size)
+    assert all(len(batch) == batch_size for batch in batches)
+
+
+def test_the_smaller_source_is_shuffled_anew_when_it_runs_out():
+    schedule = sampler(200, 20, 10, pair_every=2)
+    passes = [batch for batch in schedule if batch[0] >= 200]
+    assert len(passes) == 19
+    first, second = (sorted(passes[2 * k] + passes[2 * k + 1]) for k in range(2))
+    assert first == second == list(range(200, 220))
+    assert passes[:2] != passes[2:4]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        torch.rand(3)  # the global generator must not matter
+        schedule = sampler(50, 30, 5, seed=seed)
+        schedule.set_epoch(epoch)
+        return list(schedule)
+
+    assert order(1, 0) == order(1, 0)
+    assert len({str(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+def test_one_source_alone():
+    assert kinds(sampler(45, 0, 10), 45) == "TTTT"
+    assert kinds(sampler(0, 45, 10), 0) == "PPPP"
+
+
+def test_a_source_smaller_than_a_batch():
+    assert [len(batch) for batch in islice(sampler(100, 3, 10, pair_every=2), 4)] == [10, 3, 10, 3]
+    with pytest.raises(ValueError, match="3 rows does not fill a batch of 10"):
+        sampler(100, 3, 10, run_length=2)
+
+
+@pytest.mark.parametrize("every", [1, 0, -3])
+def test_an_interval_that_leaves_no_text_is_refused(every):
+    with pytest.raises(ValueError, match="at least 2"):
+        sampler(20, 20, 5, pair_every=every)
+
+
+def test_two_sources_of_a_kind_are_refused():
+    source = Dataset.from_dict({"sentence": ["a", "b"]})
+    samplers = [DefaultBatchSampler(RandomSampler(source), batch_size=1, drop_last=False)] * 2
+    with pytest.raises(ValueError, match="concatenate_datasets"):
+        StepRatioBatchSampler(ConcatDataset([source, source]), samplers)

@@ -1,0 +1,56 @@
+"""Students from real encoder folders."""
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import BertTokenizerFast, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
+
+from st_kdmcse import build_student
+
+
+def test_the_embedding_is_the_cls_vector_before_the_pooler(student, sentences):
+    features = student.preprocess(sentences[:4])
+    student.eval()
+    with torch.no_grad():
+        output = student[0].auto_model(**{name: features[name] for name in ("input_ids", "attention_mask")})
+    torch.testing.assert_close(student.encode(sentences[:4], convert_to_tensor=True), output.last_hidden_state[:, 0])
+
+
+def test_the_saved_student_is_a_stock_model(student, sentences, tmp_path):
+    student.save_pretrained(str(tmp_path / "model"))
+    loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert [type(module).__name__ for module in loaded] == ["Transformer", "Pooling"]
+    assert (loaded.encode(sentences[:8]) == student.encode(sentences[:8])).all()
+
+
+def test_sentences_are_cut_off(tiny_bert):
+    model = build_student(str(tiny_bert), max_seq_length=5)
+    assert model.preprocess(["dog " * 50])["input_ids"].shape == (1, 5)
+
+
+def test_roberta_is_a_student(tmp_path, tiny_bert):
+    tokenizer = BertTokenizerFast.from_pretrained(tiny_bert)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=40, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert build_student(str(tmp_path)).encode(["a dog"]).shape == (1, 16)
+
+
+def test_an_encoder_without_cls_is_refused(tmp_path, tiny_bert):
+    tokenizer = BertTokenizerFast.from_pretrained(tiny_bert)
+    tokenizer.cls_token = None
+    tokenizer.save_pretrained(tmp_path)
+    T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=r"\[CLS\]"):
+        build_student(str(tmp_path))
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_a_length_that_the_encoder_does_not_have_is_refused(tiny_bert, length):
+    with pytest.raises(ValueError, match="max_seq_length must be from 2 to the 64 positions"):
+        build_student(str(tiny_bert), max_seq_length=length)

@@ -1,0 +1,213 @@
+"""The trainer: schedule, heads, exact resumption, logs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from transformers import set_seed
+
+from st_kdmcse import KDMCSEConfig, KDMCSEDataCollator, KDMCSELoss, KDMCSETrainer, SimCSELoss, build_student
+
+
+def sources(sentences, store):
+    return DatasetDict(text=Dataset.from_dict({"sentence": sentences[:64]}), pairs=store.dataset())
+
+
+def make_trainer(tiny_bert, output, data, store, wrap=lambda model, loss: loss, **options):
+    arguments = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "logging_steps": 4,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    evaluator = arguments.pop("evaluator", None)
+    set_seed(3)
+    model = build_student(str(tiny_bert)).to("cpu")
+    loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=0.5), teacher_dim=store.dim, features=store)
+    return KDMCSETrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(output_dir=str(output), **arguments),
+        train_dataset=data,
+        loss=wrap(model, loss),
+        evaluator=evaluator,
+        pair_every=3,
+    )
+
+
+def everything(trainer):
+    """All tensors that training changes, by name."""
+    optimizer = {
+        f"{number}.{name}": value
+        for number, state in trainer.optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    return {**trainer.model.state_dict(), **trainer.head_losses[0].heads.state_dict(), **optimizer}
+
+
+@pytest.mark.parametrize("step", [5, 20])
+def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(tiny_bert, sentences, store, tmp_path, step):
+    data = sources(sentences, store)
+    whole = make_trainer(tiny_bert, tmp_path / "whole", data, store)
+    whole.train()
+    assert whole.state.global_step == 2 * 27  # 9 pair batches, every third
+    resumed = make_trainer(tiny_bert, tmp_path / "resumed", data, store)
+    torch.rand(17)  # a new process is in another state
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    expected, actual = everything(whole), everything(resumed)
+    assert expected.keys() == actual.keys()
+    different = [name for name in expected if not torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(actual[name]))]
+    assert different == []
+    losses = [
+        {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > step + 4}
+        for trainer in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]  # of the windows of four steps that lie behind the checkpoint
+
+
+def test_resuming_in_the_second_epoch_keeps_the_order(tiny_bert, sentences, store, tmp_path):
+    data = sources(sentences, store)
+    whole = make_trainer(tiny_bert, tmp_path / "whole", data, store)
+    whole.train()
+    resumed = make_trainer(tiny_bert, tmp_path / "resumed", data, store)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-35"))
+    expected, actual = everything(whole), everything(resumed)
+    assert all(torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(actual[name])) for name in expected)
+
+
+def test_without_its_heads_a_checkpoint_is_not_resumed(tiny_bert, sentences, store, tmp_path):
+    data = sources(sentences, store)
+    make_trainer(tiny_bert, tmp_path, data, store, max_steps=5).train()
+    (tmp_path / "checkpoint-5" / "heads" / "heads.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="heads"):
+        make_trainer(tiny_bert, tmp_path, data, store).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_the_best_model_comes_back_with_its_heads(tiny_bert, sentences, store, tmp_path):
+    class Worsening(EmbeddingSimilarityEvaluator):
+        """A score that is best at the first evaluation."""
+
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            return {"score": -float(self.calls)}
+
+    trainer = make_trainer(
+        tiny_bert, tmp_path, sources(sentences, store), store, evaluator=Worsening(["a"], ["b"], [1.0]), max_steps=15,
+        eval_strategy="steps", eval_steps=5, load_best_model_at_end=True, metric_for_best_model="eval_score",
+    )
+    trainer.train()
+    best = tmp_path / "checkpoint-5"
+    assert Path(trainer.state.best_model_checkpoint) == best
+    reference = KDMCSELoss(SentenceTransformer(str(best), device="cpu"), teacher_dim=store.dim)
+    reference.load_heads(best / "heads")
+    for name, value in {**reference.model.state_dict(), **reference.heads.state_dict()}.items():
+        assert torch.equal(value, everything(trainer)[name]), name
+
+
+def test_gradients_are_clipped_by_the_norm_of_student_and_heads(tiny_bert, sentences, store, tmp_path):
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, max_grad_norm=1e-3, max_steps=3)
+    norms = []
+    clip = trainer._clip_grad_norm
+
+    def spy(model):
+        gradients = [p.grad for p in [*model.parameters(), *trainer.head_parameters] if p.grad is not None]
+        before = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        returned = clip(model)
+        after = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        norms.append((before, returned, after))
+        return returned
+
+    trainer._clip_grad_norm = spy
+    trainer.train()
+    for before, returned, after in norms:
+        torch.testing.assert_close(before, returned)
+        torch.testing.assert_close(after, torch.tensor(1e-3), rtol=1e-2, atol=0)
+
+
+def test_logs_show_each_term_over_the_batches_that_have_it(tiny_bert, sentences, store, tmp_path):
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, logging_steps=3, max_steps=6)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        # One of three steps has the cross-modal terms: the mean loss has a third of them.
+        assert entry["loss"] == pytest.approx(entry["text"] + (entry["image"] + entry["caption"]) / 3, abs=2e-3)
+        assert entry["caption_negatives_removed"] >= 0
+
+
+def test_a_wrapped_loss_keeps_its_heads_and_its_terms(tiny_bert, sentences, store, tmp_path):
+    trainer = make_trainer(
+        tiny_bert, tmp_path, sources(sentences, store), store, max_steps=5, logging_steps=5,
+        wrap=lambda model, loss: MatryoshkaLoss(model, loss, [32, 16]),
+    )
+    trainer.train()
+    assert (tmp_path / "checkpoint-5" / "heads" / "heads.safetensors").is_file()
+    assert "image" in next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_checkpoints_are_stock_models(tiny_bert, sentences, store, tmp_path):
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, max_steps=5)
+    trainer.train()
+    loaded = SentenceTransformer(str(tmp_path / "checkpoint-5"), device="cpu")
+    assert (loaded.encode(sentences[:8]) == trainer.model.encode(sentences[:8])).all()
+    config = json.loads((tmp_path / "checkpoint-5" / "heads" / "heads_config.json").read_text())
+    assert config["loss"] == "KDMCSELoss"
+    assert config["teacher_dim"] == store.dim
+
+
+def test_the_model_card_names_the_loss_its_options_and_the_papers(tiny_bert, sentences, store, tmp_path):
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, max_steps=5)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    for expected in ("KDMCSELoss", '"multimodal_weight": 0.5', "nguyen2024kdmcse", "gao2021simcse"):
+        assert expected in card
+
+
+def test_gradient_accumulation_takes_a_step_from_one_source(tiny_bert, sentences, store, tmp_path):
+    trainer = make_trainer(
+        tiny_bert, tmp_path, sources(sentences, store), store, gradient_accumulation_steps=2, max_steps=6
+    )
+    seen = []
+    forward = trainer.loss.forward
+    trainer.loss.forward = lambda features, labels=None: seen.append(labels is not None) or forward(features, labels)
+    trainer.train()
+    assert seen == [False, False, False, False, True, True] * 2
+
+
+def test_one_dataset_alone_and_the_stock_trainer(tiny_bert, sentences, store, tmp_path):
+    make_trainer(tiny_bert, tmp_path / "pairs", store.dataset(), store, max_steps=2).train()
+    model = build_student(str(tiny_bert)).to("cpu")
+    for name, loss in (
+        ("simcse", SimCSELoss(model)),
+        ("kdmcse", KDMCSELoss(model, teacher_dim=store.dim, features=store)),
+    ):
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                str(tmp_path / name), max_steps=2, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+            ),
+            train_dataset=store.dataset(),
+            data_collator=KDMCSEDataCollator(model.preprocess),
+            loss=loss,
+        )
+        trainer.train()
+        assert ("image" in trainer.state.log_history[0]) == (name == "kdmcse")
+
+
+def test_columns_that_would_be_trained_on_as_text_are_refused(tiny_bert, sentences, store, tmp_path):
+    data = Dataset.from_dict({"sentence": sentences[:8], "image_path": ["a.jpg"] * 8, "row": list(range(8))})
+    with pytest.raises(ValueError, match="select_columns"):
+        make_trainer(tiny_bert, tmp_path, data, store)
