@@ -119,6 +119,8 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.eval_steps < 0 or self.workers < 0:
             raise ValueError(f"eval_steps and workers must not be negative, got {self.eval_steps} and {self.workers}")
+        if self.pair_every is not None and self.pair_every < 2:
+            raise ValueError(f"pair_every must be at least 2 (a pair batch at every second step), got {self.pair_every}")
         if METHODS[self.method].needs_features and self.features is None:
             raise ValueError(f"method {self.method} learns from teacher features: give --features STORE")
         if self.text is None and self.features is None:

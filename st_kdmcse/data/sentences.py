@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset
 
+from st_kdmcse.data.files import sha256_file
+
 logger = logging.getLogger(__name__)
 
 _LINES_PER_CHUNK = 65_536
@@ -54,7 +56,8 @@ def read_sentences(path: str | Path) -> Dataset:
         raise ValueError(f"{path} has no sentence: it is empty or all its lines are blank")
     if blank:
         logger.info("%s: skipped %d blank lines", path, blank)
-    return Dataset.from_dict({"sentence": column})
+    # Without a fingerprint datasets would pickle all the text to make one.
+    return Dataset(pa.table({"sentence": column}), fingerprint=sha256_file(path)[:16])
 
 
 def _decode(line: bytes, path: Path, number: int) -> str:

@@ -1,0 +1,21 @@
+"""What an installation must and must not need."""
+
+import subprocess
+import sys
+
+import st_kdmcse
+
+
+def test_import_needs_neither_torchvision_nor_faiss_nor_open_clip():
+    program = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+absent = ("torchvision", "faiss", "open_clip", "PIL")
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in absent else find(name, *rest))
+import st_kdmcse, st_kdmcse.training, st_kdmcse.cli
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_public_names_are_documented():
+    assert all(getattr(st_kdmcse, name).__doc__ for name in st_kdmcse.__all__)

@@ -1,0 +1,298 @@
+"""The training script as a user runs it, on a small real encoder and small real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import WORDS, copy_tree
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from st_kdmcse.training import METHODS, TrainingOptions, latest_checkpoint, train
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from train_flickr import main  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, sentences, store):
+    """Text, features and STS-B in the formats that a user has."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    copy_tree(store.path, folder / "features")
+    generator = np.random.default_rng(5)
+    for split in ("dev", "test"):
+        lines = []
+        for number in range(30):
+            words = list(generator.choice(WORDS, size=6))
+            changed = int(generator.integers(0, 6))
+            other = [*words[: 6 - changed], *generator.choice(WORDS, size=changed)]
+            gold = 5 - 5 * changed / 6
+            lines.append(f"main\tfile\t2012\t{number}\t{gold:.3f}\t{' '.join(words)}\t{' '.join(other)}")
+        target = folder / "STS" / "STSBenchmark"
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"sts-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def arguments(data, tiny_bert, tmp_path):
+    def build(**changes):
+        options = {
+            "model": tiny_bert,
+            "text": data / "text.txt",
+            "features": data / "features",
+            "eval-data": data,
+            "output-dir": tmp_path / "out",
+            "max-steps": 6,
+            "batch-size": 8,
+            "eval-steps": 3,
+            **changes,
+        }
+        flags = []
+        for name, value in options.items():
+            if value is True:
+                flags.append(f"--{name}")
+            elif value is not None:
+                flags += [f"--{name}", str(value)]
+        return flags
+
+    return build
+
+
+def run(arguments):
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_stock_model(arguments, tmp_path, method, sentences):
+    result = run(arguments(method=method))
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    summary = json.loads((out / "training_summary.json").read_text())
+    assert summary["steps"] == 6
+    assert [point["step"] for point in summary["sts_dev_curve"]] == [3, 6]
+    assert summary["sts_dev_best"]["spearman"] == max(point["spearman"] for point in summary["sts_dev_curve"])
+    assert summary["versions"]["sentence-transformers"].startswith("6.")
+    assert set(summary["data_sha256"]) == {"text", "features"}
+    for number in (summary["sts_dev_before"], summary["sts_test_of_best"]):
+        assert f"{100 * number:.2f}" in result.output
+    best, last = (SentenceTransformer(str(path), device="cpu") for path in (out, out / "last"))
+    assert best.encode(sentences[:2]).shape == last.encode(sentences[:2]).shape == (2, 32)
+    assert (out / "heads" / "heads.safetensors").is_file()
+    assert (out / "last" / "heads" / "heads.safetensors").is_file()
+    assert not list((out / "last").glob("optimizer*"))
+    assert type(METHODS[method].build(best, TrainingOptions(features=Path()).loss_config(), None, False)).__name__ in (
+        out / "README.md"
+    ).read_text()
+
+
+def test_the_model_gives_the_same_vectors_without_this_package(arguments, tmp_path, sentences):
+    assert run(arguments()).exit_code == 0
+    here = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(sentences[:5])
+    program = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "st_kdmcse":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from sentence_transformers import SentenceTransformer
+np.save("vectors.npy", SentenceTransformer("out", device="cpu").encode({sentences[:5]!r}))
+assert "st_kdmcse" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "vectors.npy"), here)
+
+
+def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
+    flags = arguments(**{"recipe": "released", "margin": 0.2, "image-threshold": "none", "text-threshold": "auto"})
+    result = run([*flags, "--filter-negatives", "--text-soft-label", "image-image"])
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "training_summary.json").read_text())["config"]
+    assert config["margin"] == 0.2
+    assert config["text_margin"] == 0.15
+    assert config["image_threshold"] is None
+    assert isinstance(config["text_threshold"], float)
+    assert config["filter_negatives"] is True
+    assert config["text_soft_label"] == "image-image"
+
+
+@pytest.mark.parametrize(("bert", "expected"), [(True, (64, 3e-5)), (False, (128, 1e-5))])
+def test_defaults_follow_the_encoder(arguments, tmp_path, data, bert, expected, tiny_bert):
+    model = copy_tree(tiny_bert, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    if not bert:  # a BERT that calls itself RoBERTa would not load; a real one of random weights does
+        from transformers import RobertaConfig, RobertaModel
+
+        roberta = RobertaConfig(vocab_size=config["vocab_size"], hidden_size=16, num_hidden_layers=1,
+                                num_attention_heads=2, intermediate_size=16, max_position_embeddings=40, pad_token_id=0)
+        RobertaModel(roberta).save_pretrained(model)
+    options = TrainingOptions(
+        model=str(model), text=data / "text.txt", method="simcse", eval_steps=0, max_steps=1, output_dir=tmp_path / "o"
+    )
+    summary = train(options)
+    assert (summary["batch_size"], summary["learning_rate"]) == expected
+    assert summary["sts_dev_best"] is None
+
+
+def test_simcse_trains_on_captions_too_and_text_alone_is_enough(arguments, tmp_path):
+    assert run(arguments(method="simcse", **{"output-dir": tmp_path / "both"})).exit_code == 0
+    assert run(arguments(method="simcse", features=None, **{"output-dir": tmp_path / "text"})).exit_code == 0
+    assert run(arguments(text=None, **{"output-dir": tmp_path / "pairs"})).exit_code == 0
+    states = [load_file(tmp_path / name / "last" / "model.safetensors") for name in ("both", "text", "pairs")]
+    key = "embeddings.word_embeddings.weight"
+    assert not torch.equal(states[0][key], states[1][key])
+
+
+def test_the_authors_json_is_imported(arguments, tmp_path, store):
+    features = {}
+    for row in range(24):
+        entry = features.setdefault(store.image_id(row), {"image_feat": None, "captions": [], "lang_feat": []})
+        batch = store.gather([row])
+        entry["image_feat"] = batch.image_features[0].tolist()
+        entry["captions"].append(store.caption(row))
+        entry["lang_feat"].append(batch.text_features[0].tolist())
+    (tmp_path / "features.json").write_text(json.dumps(features))
+    result = run(arguments(features=tmp_path / "features.json"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "features" / "manifest.json").is_file()
+
+
+def damage(path, change):
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "changes", "message"),
+    [
+        (None, {"text": "nowhere.txt"}, "--text nowhere.txt does not exist"),
+        (None, {"features": "nowhere"}, "--features nowhere does not exist"),
+        (None, {"features": None}, "give --features"),
+        (None, {"features": None, "text": None, "method": "simcse"}, "nothing to train on"),
+        (None, {"eval-data": "nowhere"}, "nowhere"),
+        (None, {"margin": -1}, "margin must be in"),
+        (None, {"max-steps": 0}, "max_steps must be positive"),
+        (None, {"pair-every": 1}, "at least 2"),
+        (lambda d: (d / "text.txt").write_bytes(b""), {}, "text.txt"),
+        (lambda d: (d / "text.txt").write_bytes(b"fine\ncaf\xe9\n"), {}, "text.txt, line 2"),
+        (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__delitem__(slice(-8, None))), {}, "whole"),
+        (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__setitem__(-3, c[-3] ^ 1)), {}, "SHA-256"),
+        (lambda d: (d / "STS" / "STSBenchmark" / "sts-dev.csv").write_text("a\tb\n"), {}, "sts-dev.csv"),
+    ],
+)
+def test_bad_input_is_refused_before_any_model_is_loaded(arguments, data, tmp_path, monkeypatch, prepare, changes, message):
+    if prepare:
+        copy = copy_tree(data, tmp_path / "data")
+        prepare(copy)
+        changes = {"text": copy / "text.txt", "features": copy / "features", "eval-data": copy, **changes}
+    loaded = []
+    monkeypatch.setattr("st_kdmcse.training.build_student", lambda *_: loaded.append(1))
+    result = run(arguments(**changes))
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert not loaded
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_directory_with_something_in_it_is_left_alone(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    for resume in ({}, {"resume": True}):
+        result = run(arguments(**resume))
+        assert result.exit_code == 2
+        assert "thesis" not in result.output
+        assert "out" in result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_is_neither_overwritten_nor_resumed(arguments):
+    assert run(arguments()).exit_code == 0
+    assert "is not empty: add --resume" in run(arguments()).output
+    assert "is finished" in run(arguments(resume=True)).output
+
+
+def test_a_run_is_not_resumed_with_other_options_or_data(arguments, data, tmp_path):
+    assert run(arguments(**{"max-steps": 6})).exit_code == 0
+    (tmp_path / "out" / "training_summary.json").unlink()
+    result = run(arguments(resume=True, seed=7))
+    assert result.exit_code == 2
+    assert "seed was 42, is 7" in result.output
+
+
+def start(arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "training" / "train_flickr.py"), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+
+
+def wait_for_checkpoint(process, folder):
+    deadline = time.monotonic() + 120
+    while latest_checkpoint(folder) is None:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_and_kill_cost_nothing(arguments, tmp_path):
+    flags = {"max-steps": 240, "eval-steps": 40}
+    whole = start(arguments(**flags, **{"output-dir": tmp_path / "whole"}))
+    assert whole.wait(300) == 0, whole.communicate()[0][-3000:]
+    stopped = start(arguments(**flags))
+    wait_for_checkpoint(stopped, tmp_path / "out")
+    stopped.send_signal(signal.SIGINT)
+    output, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130, output[-3000:]
+    assert "--resume to go on" in output
+    assert not (tmp_path / "out" / "training_summary.json").exists()
+    reached = latest_checkpoint(tmp_path / "out")
+    killed = start(arguments(**flags, resume=True))
+    deadline = time.monotonic() + 120
+    while latest_checkpoint(tmp_path / "out") == reached and killed.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    resumed = start(arguments(**flags, resume=True))
+    assert resumed.wait(300) == 0, resumed.communicate()[0][-3000:]
+    for name in ("model.safetensors", "heads/heads.safetensors"):
+        for model in ("", "last"):
+            expected, actual = (load_file(tmp_path / run / model / name) for run in ("whole", "out"))
+            assert all(torch.equal(value, actual[key]) for key, value in expected.items()), (model, name)
+    curves = [
+        json.loads((tmp_path / run / "training_summary.json").read_text())["sts_dev_curve"] for run in ("whole", "out")
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((10, "{}"), (20, '{"global'), (30, None)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_help_lists_every_option_with_both_recipes():
+    result = run(["--help"])
+    for flag in ("--text", "--features", "--recipe", "--margin", "--image-threshold", "--no-filter-negatives", "--demo"):
+        assert flag in result.output
+    assert "released: 0.15" in result.output.replace("\n", " ").replace("  ", " ")
