@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
+from datasets import disable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 from st_kdmcse.config import KDMCSEConfig, Threshold
 from st_kdmcse.training import METHODS, Interrupted, TrainingOptions, train
@@ -17,7 +19,7 @@ from st_kdmcse.training import METHODS, Interrupted, TrainingOptions, train
 Command = Callable[..., Any]
 
 
-class _ThresholdType(click.ParamType):
+class _ThresholdType(click.ParamType):  # type: ignore[type-arg,unused-ignore] - generic since click 8.4
     name = "number|none|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -99,6 +101,7 @@ def run_training(arguments: dict[str, Any]) -> None:
         arguments: values of :func:`training_options` and :func:`config_options` by name.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    quiet_libraries()
     names = {option.name for option in fields(KDMCSEConfig)}
     config = {name: value for name, value in arguments.items() if name in names and value is not None}
     config = {name: None if value == "none" else value for name, value in config.items()}
@@ -109,6 +112,12 @@ def run_training(arguments: dict[str, Any]) -> None:
         summary = train(options)
     if summary:
         click.echo(report(summary, options.output_dir))
+
+
+def quiet_libraries() -> None:
+    """Leave the one progress bar that a user waits for: the trainer's."""
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 class friendly_errors:  # noqa: N801 - a context manager, named like one
@@ -123,7 +132,7 @@ class friendly_errors:  # noqa: N801 - a context manager, named like one
                 f"\n{error}" if isinstance(error, Interrupted) else "\nstopped before the first checkpoint", err=True
             )
             sys.exit(130)
-        if isinstance(error, ValueError | OSError):
+        if isinstance(error, ValueError | OSError | ImportError):
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
 

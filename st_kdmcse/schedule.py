@@ -105,7 +105,7 @@ class StepRatioBatchSampler(MultiDatasetDefaultBatchSampler):
     def steps(self) -> int:
         """Optimizer steps in an epoch."""
         # A source needs `passes` steps to be passed over; the sentences have p - 1 of p steps, the pairs the p-th.
-        passes = [max(1, size // (self.batch_size * self.run_length)) for size in self.sizes]
+        passes: list[int] = [max(1, size // (self.batch_size * self.run_length)) for size in self.sizes]
         if self.pair_every is None:
             return passes[0]
         texts, pairs = passes[self.text_source or 0], passes[self.pair_source or 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -31,4 +33,7 @@ def build_student(name_or_path: str, max_seq_length: int = 32) -> SentenceTransf
         raise ValueError(
             f"max_seq_length must be from 2 to the {positions} positions of {name_or_path}, got {max_seq_length}"
         )
-    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
+    student = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
+    if not Path(name_or_path).is_dir():
+        student.model_card_data.set_base_model(name_or_path)
+    return student

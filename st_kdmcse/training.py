@@ -120,7 +120,9 @@ class TrainingOptions:
         if self.eval_steps < 0 or self.workers < 0:
             raise ValueError(f"eval_steps and workers must not be negative, got {self.eval_steps} and {self.workers}")
         if self.pair_every is not None and self.pair_every < 2:
-            raise ValueError(f"pair_every must be at least 2 (a pair batch at every second step), got {self.pair_every}")
+            raise ValueError(
+                f"pair_every must be at least 2 (a pair batch at every second step), got {self.pair_every}"
+            )
         if METHODS[self.method].needs_features and self.features is None:
             raise ValueError(f"method {self.method} learns from teacher features: give --features STORE")
         if self.text is None and self.features is None:
@@ -210,9 +212,9 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     set_seed(options.seed)
     model = build_student(options.model, options.max_seq_length)
     loss = METHODS[options.method].build(model, options.loss_config(), inputs.store, options.gather_across_devices)
-    evaluator = _evaluator(inputs.dev, "sts-dev") if inputs.dev else None
+    evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
     if evaluator and "score_before" not in run and state.is_main_process:
-        run["score_before"] = _spearman(evaluator, model)
+        run["score_before"] = spearman(evaluator, model)
         _write_json(options.output_dir / _RUN_NAME, run)
     stop = _StopOnSignal()
     trainer = KDMCSETrainer(
@@ -392,11 +394,13 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
     )
 
 
-def _evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:
+def sts_evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:
+    """The stock evaluator of sentence pairs, whose main score is the Spearman correlation of cosines with the gold."""
     return EmbeddingSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name, batch_size=128)
 
 
-def _spearman(evaluator: EmbeddingSimilarityEvaluator, model: SentenceTransformer) -> float:
+def spearman(evaluator: EmbeddingSimilarityEvaluator, model: SentenceTransformer) -> float:
+    """The main score of a model, from -1 to 1."""
     return float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])
 
 
@@ -428,7 +432,7 @@ def _summary(
         "sts_dev_curve": curve,
         "sts_dev_best": best,
         "sts_dev_last": curve[-1] if curve else None,
-        "sts_test_of_best": _spearman(_evaluator(inputs.test, "sts-test"), trainer.model) if inputs.test else None,
+        "sts_test_of_best": spearman(sts_evaluator(inputs.test, "sts-test"), trainer.model) if inputs.test else None,
         "losses": [entry for entry in history if "loss" in entry],
         "train_seconds": round(seconds, 1),
         "resumed": options.resume,

@@ -6,8 +6,13 @@ from pathlib import Path
 
 rank, world, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 os.environ.update(
-    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-    ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+    RANK=str(rank),
+    LOCAL_RANK=str(rank),
+    WORLD_SIZE=str(world),
+    MASTER_ADDR="127.0.0.1",
+    MASTER_PORT=port,
+    ACCELERATE_USE_CPU="true",
+    OMP_NUM_THREADS="1",
 )
 
 import torch
@@ -34,9 +39,19 @@ loss.double()  # the student too: what remains then is an error of the algorithm
 trainer = KDMCSETrainer(
     model=student,
     args=SentenceTransformerTrainingArguments(
-        output_dir=str(folder / f"run-{world}"), max_steps=int(steps), per_device_train_batch_size=int(batch),
-        learning_rate=lr, optim="sgd", max_grad_norm=0.05, save_strategy="no", report_to="none", use_cpu=True,
-        disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant", ddp_backend="gloo",
+        output_dir=str(folder / f"run-{world}"),
+        max_steps=int(steps),
+        per_device_train_batch_size=int(batch),
+        learning_rate=lr,
+        optim="sgd",
+        max_grad_norm=0.05,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        ddp_backend="gloo",
     ),
     train_dataset=DatasetDict(text=Dataset.from_dict({"sentence": sentences}), pairs=store.dataset()),
     loss=loss,

@@ -22,7 +22,9 @@ def run(folder, world, steps, batch, lr):
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(world), port, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world)
     ]
@@ -51,7 +53,9 @@ def test_the_first_updates_are_those_of_one_process(folder):
             torch.testing.assert_close(first[kind][name], value, rtol=1e-8, atol=1e-10)
     for terms in zip(one["logs"], first["logs"], strict=True):
         # Negatives are counted on each process over its own rows: the mean of two halves is half of the whole.
-        single, double = ({k: v for k, v in entry.items() if k in ("loss", "text", "image", "caption")} for entry in terms)
+        single, double = (
+            {k: v for k, v in entry.items() if k in ("loss", "text", "image", "caption")} for entry in terms
+        )
         assert single == pytest.approx(double, abs=2e-4)
 
 

@@ -11,7 +11,9 @@ IMAGE, TEXT = np.arange(1, 5, dtype=np.float32), np.arange(5, 9, dtype=np.float3
 
 
 def by_value(**changes):
-    return MultimodalInputExample(**{"texts": ["A dog runs ."], "image_features": IMAGE, "text_features": TEXT, **changes})
+    return MultimodalInputExample(
+        **{"texts": ["A dog runs ."], "image_features": IMAGE, "text_features": TEXT, **changes}
+    )
 
 
 def test_features_by_value_become_the_label():

@@ -43,8 +43,13 @@ def test_fit_follows_the_schedule_and_trains_the_heads(student, store, sentences
     objectives = fit_objectives(loader(texts), loader(make_pairs(store)), loss)
     assert len(objectives) == 3  # ceil(200 / 72)
     student.fit(
-        train_objectives=objectives, epochs=1, warmup_steps=0, weight_decay=0.0, show_progress_bar=False,
-        checkpoint_path=str(tmp_path), optimizer_params={"lr": 1e-3},
+        train_objectives=objectives,
+        epochs=1,
+        warmup_steps=0,
+        weight_decay=0.0,
+        show_progress_bar=False,
+        checkpoint_path=str(tmp_path),
+        optimizer_params={"lr": 1e-3},
     )
     kinds = "".join("P" if len(terms) == 3 else "T" for terms, _, _ in loss.seen)
     assert kinds == "TTP" * 12  # 100 of 200 sentences in batches of 8 a loader
@@ -75,6 +80,6 @@ def test_what_cannot_be_trained_is_refused(student, store, sentences):
         fit_objectives(loader([texts[0], InputExample(texts=["a", "b"])]), loader(pairs), loss)
     with pytest.raises(ValueError, match="example 3 .*mixes"):
         fit_objectives(loader(texts), loader([*pairs[:3], pairs_by_value(store, 1)[0]]), loss)
+    wrong = MultimodalInputExample(["a"], np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match="example 1 .*expected 8"):
-        wrong = MultimodalInputExample(["a"], np.ones(3), np.ones(3))
         fit_objectives(loader(texts), loader([pairs_by_value(store, 1)[0], wrong]), loss)

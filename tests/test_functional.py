@@ -223,7 +223,11 @@ def test_gathered_candidates_are_the_rows_of_one_large_batch():
     keep = functional.threshold_filter(alpha, 0.3)
     halves = [
         functional.adap_acse(
-            x[part], y, alpha[part], 0.2, keep=functional.threshold_filter(alpha[part], 0.3, positive_offset=offset),
+            x[part],
+            y,
+            alpha[part],
+            0.2,
+            keep=functional.threshold_filter(alpha[part], 0.3, positive_offset=offset),
             positive_offset=offset,
         )
         for offset, part in ((0, slice(0, 4)), (4, slice(4, 8)))

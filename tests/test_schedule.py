@@ -20,12 +20,14 @@ def sampler(texts, pairs, batch_size, **options):
         sources.append(Dataset.from_dict({"sentence": [str(i) for i in range(texts)]}))
     if pairs:
         sources.append(Dataset.from_dict({"sentence": [str(i) for i in range(pairs)], "row": list(range(pairs))}))
-    samplers = [DefaultBatchSampler(RandomSampler(source), batch_size=batch_size, drop_last=False) for source in sources]
+    samplers = [
+        DefaultBatchSampler(RandomSampler(source), batch_size=batch_size, drop_last=False) for source in sources
+    ]
     return StepRatioBatchSampler(ConcatDataset(sources), samplers, **options)
 
 
 def kinds(batches, texts):
-    """"T" or "P" a batch; fails on a mixed one."""
+    """ "T" or "P" a batch; fails on a mixed one."""
     result = ""
     for batch in batches:
         is_pair = {index >= texts for index in batch}

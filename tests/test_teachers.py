@@ -62,16 +62,16 @@ def test_features_are_raw_float32(teacher, heldout):
 def test_the_right_image_is_found_among_heldout_scenes(teacher, heldout):
     images, texts = heldout
     scores = unit(teacher.encode_texts(texts)) @ unit(teacher.encode_images(images)).T
-    assert (scores.argmax(axis=1) == np.arange(200)).mean() > R1_BOUND
-    assert (scores.argmax(axis=0) == np.arange(200)).mean() > R1_BOUND
+    assert (scores.argmax(axis=1) == np.arange(200)).mean() > 0.95
+    assert (scores.argmax(axis=0) == np.arange(200)).mean() > 0.95
 
 
 def test_cosines_follow_the_gold_similarity(teacher):
     texts_a, texts_b, gold = zip(*make_pairs(300, seed=5), strict=True)
     features_a, features_b = unit(teacher.encode_texts(texts_a)), unit(teacher.encode_texts(texts_b))
     images_b = unit(teacher.encode_images([render(scene) for _, scene in make_scene_pairs(300, seed=5)]))
-    assert spearman((features_a * features_b).sum(axis=1), gold) > TEXT_BOUND
-    assert spearman((features_a * images_b).sum(axis=1), gold) > IMAGE_BOUND
+    assert spearman((features_a * features_b).sum(axis=1), gold) > 0.85
+    assert spearman((features_a * images_b).sum(axis=1), gold) > 0.85
 
 
 def test_features_do_not_depend_on_the_batch_size(teacher, heldout):

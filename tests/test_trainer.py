@@ -66,10 +66,16 @@ def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(tiny_bert, sentence
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     expected, actual = everything(whole), everything(resumed)
     assert expected.keys() == actual.keys()
-    different = [name for name in expected if not torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(actual[name]))]
+    different = [
+        name for name in expected if not torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(actual[name]))
+    ]
     assert different == []
     losses = [
-        {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > step + 4}
+        {
+            entry["step"]: entry["loss"]
+            for entry in trainer.state.log_history
+            if "loss" in entry and entry["step"] > step + 4
+        }
         for trainer in (whole, resumed)
     ]
     assert losses[0] == losses[1]  # of the windows of four steps that lie behind the checkpoint
@@ -104,8 +110,16 @@ def test_the_best_model_comes_back_with_its_heads(tiny_bert, sentences, store, t
             return {"score": -float(self.calls)}
 
     trainer = make_trainer(
-        tiny_bert, tmp_path, sources(sentences, store), store, evaluator=Worsening(["a"], ["b"], [1.0]), max_steps=15,
-        eval_strategy="steps", eval_steps=5, load_best_model_at_end=True, metric_for_best_model="eval_score",
+        tiny_bert,
+        tmp_path,
+        sources(sentences, store),
+        store,
+        evaluator=Worsening(["a"], ["b"], [1.0]),
+        max_steps=15,
+        eval_strategy="steps",
+        eval_steps=5,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_score",
     )
     trainer.train()
     best = tmp_path / "checkpoint-5"
@@ -149,7 +163,12 @@ def test_logs_show_each_term_over_the_batches_that_have_it(tiny_bert, sentences,
 
 def test_a_wrapped_loss_keeps_its_heads_and_its_terms(tiny_bert, sentences, store, tmp_path):
     trainer = make_trainer(
-        tiny_bert, tmp_path, sources(sentences, store), store, max_steps=5, logging_steps=5,
+        tiny_bert,
+        tmp_path,
+        sources(sentences, store),
+        store,
+        max_steps=5,
+        logging_steps=5,
         wrap=lambda model, loss: MatryoshkaLoss(model, loss, [32, 16]),
     )
     trainer.train()

@@ -92,9 +92,10 @@ def test_every_method_trains_and_leaves_a_stock_model(arguments, tmp_path, metho
     assert (out / "heads" / "heads.safetensors").is_file()
     assert (out / "last" / "heads" / "heads.safetensors").is_file()
     assert not list((out / "last").glob("optimizer*"))
-    assert type(METHODS[method].build(best, TrainingOptions(features=Path()).loss_config(), None, False)).__name__ in (
-        out / "README.md"
-    ).read_text()
+    assert (
+        type(METHODS[method].build(best, TrainingOptions(features=Path()).loss_config(), None, False)).__name__
+        in (out / "README.md").read_text()
+    )
 
 
 def test_the_model_gives_the_same_vectors_without_this_package(arguments, tmp_path, sentences):
@@ -136,8 +137,15 @@ def test_defaults_follow_the_encoder(arguments, tmp_path, data, bert, expected, 
     if not bert:  # a BERT that calls itself RoBERTa would not load; a real one of random weights does
         from transformers import RobertaConfig, RobertaModel
 
-        roberta = RobertaConfig(vocab_size=config["vocab_size"], hidden_size=16, num_hidden_layers=1,
-                                num_attention_heads=2, intermediate_size=16, max_position_embeddings=40, pad_token_id=0)
+        roberta = RobertaConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=40,
+            pad_token_id=0,
+        )
         RobertaModel(roberta).save_pretrained(model)
     options = TrainingOptions(
         model=str(model), text=data / "text.txt", method="simcse", eval_steps=0, max_steps=1, output_dir=tmp_path / "o"
@@ -194,7 +202,9 @@ def damage(path, change):
         (lambda d: (d / "STS" / "STSBenchmark" / "sts-dev.csv").write_text("a\tb\n"), {}, "sts-dev.csv"),
     ],
 )
-def test_bad_input_is_refused_before_any_model_is_loaded(arguments, data, tmp_path, monkeypatch, prepare, changes, message):
+def test_bad_input_is_refused_before_any_model_is_loaded(
+    arguments, data, tmp_path, monkeypatch, prepare, changes, message
+):
     if prepare:
         copy = copy_tree(data, tmp_path / "data")
         prepare(copy)
@@ -238,7 +248,10 @@ def start(arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "training" / "train_flickr.py"), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -293,6 +306,14 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
 
 def test_help_lists_every_option_with_both_recipes():
     result = run(["--help"])
-    for flag in ("--text", "--features", "--recipe", "--margin", "--image-threshold", "--no-filter-negatives", "--demo"):
+    for flag in (
+        "--text",
+        "--features",
+        "--recipe",
+        "--margin",
+        "--image-threshold",
+        "--no-filter-negatives",
+        "--demo",
+    ):
         assert flag in result.output
     assert "released: 0.15" in result.output.replace("\n", " ").replace("  ", " ")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from st_kdmcse.cli import config_options, run_training, training_options
+from st_kdmcse.cli import config_options, friendly_errors, quiet_libraries, run_training, training_options
 
 
 @click.command(context_settings={"show_default": False, "max_content_width": 120})
@@ -23,9 +23,11 @@ def main(demo: bool, **arguments: Any) -> None:
     if demo:
         from st_kdmcse.demo.run import run_demo
 
+        quiet_libraries()
         given = click.get_current_context().get_parameter_source("output_dir")
         chosen = given is not None and given.name != "DEFAULT"
-        run_demo(arguments["output_dir"] if chosen else Path("kdmcse-demo"), arguments["seed"])
+        with friendly_errors():
+            run_demo(arguments["output_dir"] if chosen else Path("kdmcse-demo"), arguments["seed"])
     else:
         run_training(arguments)
 

@@ -126,7 +126,9 @@ def test_same_image_negatives_can_be_removed_exactly(student):
     keep = [[i == j or ids[i] != ids[j] for j in range(N)] for i in range(N)]
     teacher = slow.head(loss.heads["teacher_image"], image)
     expected = sum(
-        slow.adap_acse(slow.head(loss.heads["grounding"], view), teacher, slow.soft_labels(text, image), 0.2, 0.05, keep)
+        slow.adap_acse(
+            slow.head(loss.heads["grounding"], view), teacher, slow.soft_labels(text, image), 0.2, 0.05, keep
+        )
         for view in views
     )
     torch.testing.assert_close(components["image"], 0.01 * expected / 2)

