@@ -19,7 +19,7 @@ from st_kdmcse.training import METHODS, Interrupted, TrainingOptions, train
 Command = Callable[..., Any]
 
 
-class _ThresholdType(click.ParamType):  # type: ignore[type-arg,unused-ignore] - generic since click 8.4
+class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     name = "number|none|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

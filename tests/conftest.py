@@ -4,6 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
 import numpy as np
 import pytest
 import torch

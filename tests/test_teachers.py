@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,6 @@ def test_a_tag_brings_its_activation(monkeypatch):
 
 
 def test_missing_open_clip_names_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"st-kdmcse\[teacher\]"):
         OpenCLIPTeacher()

@@ -21,7 +21,8 @@ TEACHER_DIR = Path(__file__).with_name("teacher")
 _SCENES = 1200
 _CAPTIONS = 3
 _SENTENCES = 4000
-_STEPS = 80
+_STEPS = 40
+_BATCH_SIZE = 32
 _QUERIES = (
     "two small red stars to the left of a big blue square",
     "a huge golden ring",
@@ -73,6 +74,8 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
                 eval_data=str(data),
                 output_dir=output_dir / method,
                 max_steps=_STEPS,
+                batch_size=_BATCH_SIZE,
+                lr=1e-4,
                 eval_steps=_STEPS // 4,
                 seed=seed,
             )
