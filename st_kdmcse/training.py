@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -296,7 +295,7 @@ class _Inputs:
             if state.is_main_process:
                 store.verify()
             sources["pairs"] = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
-            checksums["features"] = _store_checksum(store)
+            checksums["features"] = store.checksum
         return cls(sources, store, dev, test, checksums)
 
 
@@ -308,14 +307,6 @@ def _open_features(options: TrainingOptions) -> FeatureStore:
     if imported.exists():  # only when resuming: the output directory was empty otherwise
         return FeatureStore.open(imported)
     return import_released_json(path, imported)
-
-
-def _store_checksum(store: FeatureStore) -> str:
-    manifest = store.manifest
-    if "checksum" in manifest:
-        return str(manifest["checksum"])
-    files = (path for path in sorted(store.path.iterdir()) if path.suffix in {".npy", ".csv", ".arrow"})
-    return hashlib.sha256("".join(sha256_file(path) for path in files).encode()).hexdigest()
 
 
 def _check_output_dir(options: TrainingOptions) -> None:

@@ -209,6 +209,14 @@ class FeatureStore:
         """A copy of the manifest, or what can be derived where the folder has none."""
         return json.loads(json.dumps(self._manifest))  # type: ignore[no-any-return]
 
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 over the content: the manifest's, or of the files where there is none (which reads them)."""
+        if "checksum" in self._manifest:
+            return str(self._manifest["checksum"])
+        digests = (sha256_file(self._path / name) for name in (_IMAGES, _TEXTS, self._table_name))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
     @property
     def dim(self) -> int:
         """T, the width of the features."""

@@ -21,6 +21,8 @@ TEACHER_DIR = Path(__file__).with_name("teacher")
 _SCENES = 1200
 _CAPTIONS = 3
 _SENTENCES = 4000
+_DEV_PAIRS = 300
+_TEST_PAIRS = 1000
 _STEPS = 40
 _BATCH_SIZE = 32
 _QUERIES = (
@@ -56,7 +58,7 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
     started = time.process_time()
     data = output_dir / "data"
     print(f"1. {_SCENES} scenes with {_CAPTIONS} captions each, described by a tiny CLIP")
-    scores_data = make_demo_data(data, seed)
+    make_demo_data(data, seed)
     student = _minilm_folder()
     test = sts_evaluator(load_sts_benchmark(str(data), "test"), "sts-test")
     scores = {"before": spearman(test, build_student(student))}
@@ -81,7 +83,7 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
             )
         )
         scores[method] = summary["sts_test_of_best"]
-    print(f"\n4. Spearman x 100 on {scores_data} pairs of captions of held-out scenes")
+    print(f"\n4. Spearman x 100 on {_TEST_PAIRS} pairs of captions of held-out scenes")
     for name, score in scores.items():
         print(f"   {name:8s}{100 * score:6.2f}")
     print("\n5. Embeddings and nearest captions of the kdmcse model")
@@ -99,15 +101,12 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
     return scores
 
 
-def make_demo_data(folder: Path, seed: int = 42) -> int:
+def make_demo_data(folder: Path, seed: int = 42) -> None:
     """Write the demo's data in the formats of real data: images, a feature store, sentences, STS-B files.
 
     Args:
         folder: where to; made if need be.
         seed: of the scenes.
-
-    Returns:
-        The number of test pairs.
     """
     from st_kdmcse.demo.scenes import captions, make_pairs, make_scenes, render
     from st_kdmcse.teachers import OpenCLIPTeacher
@@ -133,9 +132,8 @@ def make_demo_data(folder: Path, seed: int = 42) -> int:
     (folder / "sentences.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
     target = folder / "STSBenchmark"
     target.mkdir(exist_ok=True)
-    for offset, (split, count) in enumerate((("dev", 300), ("test", 1000))):
+    for offset, (split, count) in enumerate((("dev", _DEV_PAIRS), ("test", _TEST_PAIRS))):
         _write_pairs(target / f"sts-{split}.csv", make_pairs(count, seed + offset))
-    return count
 
 
 def _write_pairs(path: Path, pairs: Sequence[tuple[str, str, float]]) -> None:

@@ -1,0 +1,52 @@
+"""What only a CUDA device shows: run with `pytest -m gpu`."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from st_kdmcse import KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student, functional
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def make_trainer(tiny_bert, sentences, store, output, **options):
+    torch.manual_seed(0)
+    model = build_student(str(tiny_bert)).to("cuda")
+    config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, remove_same_image=True)
+    arguments = {"max_steps": 12, "save_steps": 6, "per_device_train_batch_size": 16, "logging_steps": 1, **options}
+    return KDMCSETrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(str(output), report_to="none", disable_tqdm=True, **arguments),
+        train_dataset=DatasetDict(text=Dataset.from_dict({"sentence": sentences}), pairs=store.dataset()),
+        loss=KDMCSELoss(model, config, teacher_dim=store.dim, features=store),
+        pair_every=2,
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_and_resuming(tiny_bert, sentences, store, tmp_path, bf16):
+    whole = make_trainer(tiny_bert, sentences, store, tmp_path / "whole", bf16=bf16)
+    whole.train()
+    resumed = make_trainer(tiny_bert, sentences, store, tmp_path / "resumed", bf16=bf16)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for name, value in whole.loss.heads.state_dict().items():
+        assert value.is_cuda
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(resumed.loss.heads.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert all(entry["loss"] > 0 for entry in whole.state.log_history if "loss" in entry)
+
+
+def test_the_device_computes_what_the_cpu_computes():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 256, generator=generator) for _ in range(2))
+    alpha = torch.rand(64, 64, generator=generator)
+    keep = functional.threshold_filter(alpha, 0.8)
+    values = []
+    for device in ("cpu", "cuda"):
+        anchors = x.to(device).detach().requires_grad_()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = functional.adap_acse(anchors, y.to(device), alpha.to(device), keep=keep.to(device))
+        loss.backward()
+        values.append((loss.cpu(), anchors.grad.cpu(), functional.uniformity(anchors).detach().cpu()))
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)

