@@ -3,8 +3,10 @@
 from st_kdmcse.data.files import sha256_file
 from st_kdmcse.data.released import import_released_json
 from st_kdmcse.data.sentences import read_sentences
-from st_kdmcse.data.store import FeatureBatch, FeatureStore, FeatureStoreWriter, teacher_thresholds
+from st_kdmcse.data.store import FeatureBatch, FeatureStore
 from st_kdmcse.data.sts import STSPairs, load_sts_benchmark
+from st_kdmcse.data.thresholds import teacher_thresholds
+from st_kdmcse.data.writer import FeatureStoreWriter
 
 __all__ = [
     "FeatureBatch",

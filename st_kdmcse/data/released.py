@@ -11,7 +11,9 @@ import ijson
 import numpy as np
 
 from st_kdmcse.data.files import byte_progress
-from st_kdmcse.data.store import FeatureDtype, FeatureStore, FeatureStoreWriter
+from st_kdmcse.data.layout import FeatureDtype
+from st_kdmcse.data.store import FeatureStore
+from st_kdmcse.data.writer import FeatureStoreWriter
 
 _LAYOUT = (
     '{"image.jpg": {"image_feat": [T numbers], "captions": [k strings], "lang_feat": [k lists of T numbers]}, ...}'

@@ -254,7 +254,7 @@ def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDM
         return config
     if features is None:
         raise ValueError('a threshold of "auto" is read off a feature store: pass features=store, or a number')
-    from st_kdmcse.data.store import teacher_thresholds
+    from st_kdmcse.data.thresholds import teacher_thresholds
 
     text, image = teacher_thresholds(features)
     return replace(

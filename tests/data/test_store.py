@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils.data import DataLoader
 
+from st_kdmcse.data import FeatureStore, FeatureStoreWriter, layout, teacher_thresholds
 from st_kdmcse.data import store as store_module
+from st_kdmcse.data import writer as writer_module
 from st_kdmcse.data.files import sha256_file
-from st_kdmcse.data.store import FeatureStore, FeatureStoreWriter, teacher_thresholds
 
 DIM = 8
 
@@ -61,7 +62,7 @@ def edit_manifest(folder, fix_checksum, **changes):
     manifest = json.loads(path.read_text())
     manifest.update(changes)
     if fix_checksum:
-        manifest["checksum"] = store_module._checksum(manifest)
+        manifest["checksum"] = layout.manifest_checksum(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -107,8 +108,8 @@ def test_files_are_plain_npy_and_arrow_with_a_manifest(folder):
 
 
 def test_many_record_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_ROWS_PER_BATCH", 4)
-    monkeypatch.setattr(store_module, "_ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr(writer_module, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(store_module, "ROWS_PER_CHUNK", 3)
     store, _, texts = write(tmp_path / "store", counts=[3] * 7)
     store.verify()
     assert [batch.num_rows for batch in pa.ipc.open_stream(tmp_path / "store" / "captions.arrow")] == [4, 4, 4, 4, 4, 1]
