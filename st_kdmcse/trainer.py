@@ -45,6 +45,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
     """
 
     data_collator_class = KDMCSEDataCollator
+    train_dataset: DatasetDict | None
 
     def __init__(
         self,
@@ -73,6 +74,19 @@ class KDMCSETrainer(SentenceTransformerTrainer):
     def head_parameters(self) -> list[nn.Parameter]:
         """The trained parameters of all heads."""
         return [parameter for loss in self.head_losses for parameter in loss.heads.parameters()]
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """As in the library; the card describes the sentences, and a list of row numbers would say nothing."""
+        train_dataset = self.train_dataset
+        if train_dataset is not None:
+            self.train_dataset = DatasetDict(
+                {
+                    name: dataset.remove_columns(ROW_COLUMN) if ROW_COLUMN in dataset.column_names else dataset
+                    for name, dataset in train_dataset.items()
+                }
+            )
+        super().add_model_card_callback(default_args_dict)
+        self.train_dataset = train_dataset
 
     def get_multi_dataset_batch_sampler(
         self,

@@ -202,8 +202,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     """
     state = PartialState()
     inputs = _Inputs.load(options, state)
-    encoder = AutoConfig.from_pretrained(options.model)
-    arguments = _arguments(options, roberta="roberta" in encoder.model_type)
+    arguments = _arguments(options, roberta="roberta" in _encoder_type(options.model))
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
     run = _claim(options, inputs, arguments) if state.is_main_process else {}
     state.wait_for_everyone()
@@ -353,6 +352,16 @@ def _claim(
     options.output_dir.mkdir(parents=True, exist_ok=True)
     _write_json(path, run)
     return run
+
+
+def _encoder_type(model: str) -> str:
+    try:
+        return str(AutoConfig.from_pretrained(model).model_type)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {model} is neither the folder of an encoder (with a config.json) nor a name that the hub knows, "
+            f"or the hub cannot be reached: {error}"
+        ) from error
 
 
 def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTrainingArguments:

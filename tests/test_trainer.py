@@ -193,6 +193,7 @@ def test_the_model_card_names_the_loss_its_options_and_the_papers(tiny_bert, sen
     card = (tmp_path / "model" / "README.md").read_text()
     for expected in ("KDMCSELoss", '"multimodal_weight": 0.5', "nguyen2024kdmcse", "gao2021simcse"):
         assert expected in card
+    assert max(len(line) for line in card.splitlines()) < 1000, "statistics of row numbers"
 
 
 def test_gradient_accumulation_takes_a_step_from_one_source(tiny_bert, sentences, store, tmp_path):

@@ -192,6 +192,7 @@ def damage(path, change):
         (None, {"features": None}, "give --features"),
         (None, {"features": None, "text": None, "method": "simcse"}, "nothing to train on"),
         (None, {"eval-data": "nowhere"}, "nowhere"),
+        (None, {"model": "bert-bse"}, "--model bert-bse is neither"),
         (None, {"margin": -1}, "margin must be in"),
         (None, {"max-steps": 0}, "max_steps must be positive"),
         (None, {"pair-every": 1}, "at least 2"),

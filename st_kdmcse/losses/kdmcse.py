@@ -85,7 +85,8 @@ class KDMCSELoss(GroundedLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        return {**asdict(self.config), **super().get_config_dict()}
+        teacher = self.features.teacher if self.features is not None else self.config.teacher
+        return {**asdict(self.config), "teacher": teacher, **super().get_config_dict()}
 
     @property
     def citation(self) -> str:
