@@ -129,7 +129,10 @@ class friendly_errors:  # noqa: N801 - a context manager, named like one
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, KeyboardInterrupt):
             click.echo(
-                f"\n{error}" if isinstance(error, Interrupted) else "\nstopped before the first checkpoint", err=True
+                f"\n{error}"
+                if isinstance(error, Interrupted)
+                else "\nstopped; --resume goes on from the newest checkpoint, if there is one",
+                err=True,
             )
             sys.exit(130)
         if isinstance(error, ValueError | OSError | ImportError):

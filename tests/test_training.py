@@ -245,6 +245,19 @@ def test_a_run_is_not_resumed_with_other_options_or_data(arguments, data, tmp_pa
     assert "seed was 42, is 7" in result.output
 
 
+def test_a_run_that_was_killed_while_finishing_is_finished_by_resuming(arguments, tmp_path):
+    assert run(arguments()).exit_code == 0
+    summary = tmp_path / "out" / "training_summary.json"
+    before = json.loads(summary.read_text())
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    summary.unlink()
+    (tmp_path / "out" / "model.safetensors").unlink()
+    result = run(arguments(resume=True))
+    assert result.exit_code == 0, result.output
+    assert json.loads(summary.read_text())["sts_dev_best"] == before["sts_dev_best"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
 def start(arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
