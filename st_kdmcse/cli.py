@@ -34,7 +34,7 @@ class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 def config_options(command: Command) -> Command:
     """Give a command an option for every field of :class:`KDMCSEConfig`; one that is not given is None."""
     types = get_type_hints(KDMCSEConfig)
-    for option in reversed(fields(KDMCSEConfig)):
+    for option in reversed([option for option in fields(KDMCSEConfig) if option.name != "teacher"]):
         flag = "--" + option.name.replace("_", "-")
         kind: Any = types[option.name]
         if kind is bool:
@@ -150,8 +150,11 @@ def report(summary: dict[str, Any], output_dir: Path) -> str:
             f"(step {best['step']}), {100 * last['spearman']:.2f} last",
             f"STS-B test of the best:    {100 * summary['sts_test_of_best']:.2f}",
         ]
+        lines.append(f"best model: {output_dir}, last model: {output_dir / 'last'}")
+    else:
+        lines.append(f"model: {output_dir} (of the last step: there was no evaluation)")
     lines += [
-        f"best model: {output_dir}, last model: {output_dir / 'last'}, details: {output_dir / 'training_summary.json'}",
+        f"details: {output_dir / 'training_summary.json'}",
         "",
         "Use it:",
         "    from sentence_transformers import SentenceTransformer",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
-from st_kdmcse.examples import check_examples
+from st_kdmcse.examples import MultimodalInputExample, check_examples
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.grounded import GroundedLoss
 from st_kdmcse.schedule import pair_interval
@@ -19,8 +20,9 @@ def fit_objectives(
     """Objectives for ``fit`` that draw a pair batch at every p-th step and text batches at the others (Algorithm 1).
 
     ``fit`` takes a batch of each objective in turn and ends with the shortest. So the sentences are dealt out to p - 1
-    loaders, and the source that would run out first is repeated: an epoch passes over both at least once (up to an
-    incomplete last batch).
+    loaders, and each loader is filled up by repeating its first examples until all are equally long: an epoch passes
+    over both sources at least once. A repeated example can meet itself in a batch, where it is its own negative; the
+    schedule of :class:`~st_kdmcse.KDMCSETrainer` avoids that.
 
     Args:
         text_loader: a loader of ``InputExample(texts=[sentence])``.
@@ -47,14 +49,20 @@ def fit_objectives(
     for position, example in enumerate(texts):
         if len(example.texts) != 1 or not isinstance(example.texts[0], str):
             raise ValueError(f"text example {position} must have one sentence in texts, got {example.texts!r}")
+        if isinstance(example, MultimodalInputExample) or np.any(np.asarray(example.label) != 0):
+            raise ValueError(f"text example {position} has a label, which the loss would take for a row: leave it out")
     if isinstance(loss, GroundedLoss):
         check_examples(pairs, loss.teacher_dim, loss.features)
     every = pair_interval(len(texts), len(pairs), pair_every)
     sources = [texts[part :: every - 1] for part in range(every - 1)] + [pairs]
-    rounds = max(len(source) // batch_size for source in sources)
-    if min(len(source) for source in sources) == 0 or rounds == 0:
-        raise ValueError(f"{len(texts)} sentences and {len(pairs)} pairs do not fill a batch of {batch_size} each")
-    count = rounds * batch_size
+    for name, source in (("sentences", min(sources[:-1], key=len)), ("pairs", pairs)):
+        if len(source) < batch_size:
+            raise ValueError(
+                f"{len(texts)} sentences and {len(pairs)} pairs at one pair batch in {every} leave {len(source)} "
+                f"{name} for a loader, fewer than the batch size of {batch_size}: take smaller batches or another "
+                "pair_every"
+            )
+    count = max(-(-len(source) // batch_size) for source in sources) * batch_size
     return [
         (DataLoader(_repeat(source, count), batch_size=batch_size, shuffle=True), loss)  # type: ignore[arg-type]
         for source in sources

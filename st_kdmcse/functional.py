@@ -23,6 +23,7 @@ __all__ = [
     "alignment",
     "arc_cse",
     "cosine_similarity_matrix",
+    "dot_product_matrix",
     "info_nce",
     "positive_mask",
     "threshold_filter",
@@ -128,7 +129,8 @@ def adap_acse(
         shifted = ~positive_mask(cosine, positive_offset)
         if guard:
             shifted = shifted & (cosine.detach() < math.cos(margin))
-        difference = (1 - teacher_similarity.detach().to(cosine.dtype)).abs()
+        # Cosines differ by 2 at most; the bound only keeps a number beyond the range of float32 from becoming infinite.
+        difference = (1 - _widen(teacher_similarity.detach())).abs().clamp(max=1e6).to(cosine.dtype)
         cosine = _cosine_of_sum(cosine, torch.where(shifted, -margin * difference, 0.0))
     return _softmax_loss(cosine, temperature, positive_offset, keep)
 
@@ -172,16 +174,27 @@ def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
         (N, M) float32 (float64 if an input is), in [-1, 1] up to rounding; 0 for a zero vector.
 
     Raises:
-        ValueError: if the inputs are not matrices of one width, or ``x`` has no row.
+        ValueError: if the inputs are not matrices of one width, or one has no row.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"expected matrices of one width, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
-    if len(x) == 0 or len(y) == 0:
-        raise ValueError("an empty batch has no loss; leave it out")
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        x, y = _unit(_widen(x)), _unit(_widen(y))
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        return x.to(dtype) @ y.to(dtype).T
+    _check_matrices(x, y)
+    return _pairwise_products(_unit(_widen(x)), _unit(_widen(y)))
+
+
+def dot_product_matrix(x: Tensor, y: Tensor) -> Tensor:
+    """The dot product of every row of ``x`` with every row of ``y``: the score of the released code's filter.
+
+    Args:
+        x: (N, d).
+        y: (M, d).
+
+    Returns:
+        (N, M) float32 (float64 if an input is).
+
+    Raises:
+        ValueError: if the inputs are not matrices of one width, or one has no row.
+    """
+    _check_matrices(x, y)
+    return _pairwise_products(_widen(x), _widen(y))
 
 
 def positive_mask(pairwise: Tensor, positive_offset: int = 0) -> Tensor:
@@ -244,7 +257,8 @@ def uniformity(x: Tensor, t: float = 2) -> Tensor:
         return x.sum() * 0
 
     def block(x: Tensor, start: int, stop: int) -> Tensor:
-        squared_distance = (2 - 2 * x[start:stop] @ x[start:].T).clamp_min(0)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            squared_distance = (2 - 2 * x[start:stop] @ x[start:].T).clamp_min(0)
         later = torch.ones_like(squared_distance, dtype=torch.bool).triu(1)
         return (-t * squared_distance).masked_fill(~later, -math.inf).flatten().logsumexp(0)
 
@@ -291,7 +305,8 @@ def _widen(x: Tensor) -> Tensor:
         return x
     wide = x.float()
     if wide.requires_grad and x.is_floating_point():
-        limit = torch.finfo(x.dtype).max
+        # An eighth of the range, as the gradients of several uses of one tensor are added up.
+        limit = torch.finfo(x.dtype).max / 8
         wide.register_hook(lambda gradient: gradient.clamp(-limit, limit))
     return wide
 
@@ -304,6 +319,19 @@ def _unit(x: Tensor) -> Tensor:
     x = torch.where(nonzero, x, 0.0) / torch.where(nonzero, scale, 1.0)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(nonzero, length, 1.0)
+
+
+def _pairwise_products(x: Tensor, y: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return x.to(dtype) @ y.to(dtype).T
+
+
+def _check_matrices(x: Tensor, y: Tensor) -> None:
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"expected matrices of one width, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if len(x) == 0 or len(y) == 0:
+        raise ValueError("an empty batch has no loss; leave it out")
 
 
 def _check_margin(margin: float) -> None:

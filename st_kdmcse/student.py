@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import nn
 
 
 def build_student(name_or_path: str, max_seq_length: int = 32) -> SentenceTransformer:
@@ -28,12 +29,22 @@ def build_student(name_or_path: str, max_seq_length: int = 32) -> SentenceTransf
         raise ValueError(
             f"{name_or_path} ({config.model_type}) has no [CLS] token to pool: use an encoder such as BERT or RoBERTa"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = _positions(transformer.auto_model)
     if not 2 <= max_seq_length <= (positions or max_seq_length):
         raise ValueError(
             f"max_seq_length must be from 2 to the {positions} positions of {name_or_path}, got {max_seq_length}"
         )
+    transformer.float()  # a checkpoint in half precision would be trained in it, and small updates be rounded away
     student = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
     if not Path(name_or_path).is_dir():
         student.model_card_data.set_base_model(name_or_path)
     return student
+
+
+def _positions(encoder: nn.Module) -> int | None:
+    """How many tokens the encoder can number; None where any number goes."""
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return getattr(encoder.config, "max_position_embeddings", None)
+    # RoBERTa and its like number positions from the one after the padding index.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, ConcatDataset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 
@@ -36,6 +36,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
 
     Args:
         model: the student.
+        args: training arguments; their batch samplers give way to the schedule.
         train_dataset: a dataset of sentences or of pairs, or a dictionary of one of each.
         pair_every: every how many steps a pair batch comes; None computes it from the sizes.
         kwargs: as for ``SentenceTransformerTrainer``.
@@ -49,8 +50,10 @@ class KDMCSETrainer(SentenceTransformerTrainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: SentenceTransformer | None = None,
+        args: SentenceTransformerTrainingArguments | None = None,
         train_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        *,
         pair_every: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -61,8 +64,9 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             _check_columns(name, dataset)
         self.pair_every = pair_every
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        super().__init__(*args, train_dataset=train_dataset, **kwargs)
-        self.add_callback(_BroadcastHeads(self))
+        self._schedule: StepRatioBatchSampler | None = None
+        super().__init__(model, args, train_dataset, **kwargs)
+        self.add_callback(_Prepare(self))
 
     @property
     def head_losses(self) -> list[TwoViewLoss]:
@@ -95,7 +99,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         generator: torch.Generator | None = None,
         seed: int | None = 0,
     ) -> BatchSampler:
-        """The schedule of Algorithm 1."""
+        """The schedule of Algorithm 1, whatever sampler the arguments name."""
         return StepRatioBatchSampler(
             dataset,
             batch_samplers,
@@ -104,6 +108,19 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             pair_every=self.pair_every,
             run_length=self.args.world_size * self.args.gradient_accumulation_steps,
         )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in the library; remembers the schedule under what accelerate wraps around it."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        sampler: Any = loader.batch_sampler
+        while not isinstance(sampler, StepRatioBatchSampler):
+            sampler = sampler.batch_sampler
+        self._schedule = sampler
+        return loader
+
+    def load_checkpoint(self, checkpoint: str | Path) -> None:
+        """Load student and heads of a checkpoint, without the state of training."""
+        self._load_from_checkpoint(str(checkpoint))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; DDP averages the student's gradients between processes, this the heads'."""
@@ -114,9 +131,14 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         return loss
 
     def broadcast_heads(self) -> None:
-        """Give every process the heads of the first."""
+        """Give every process the heads of the first: each initialised its own."""
         if get_world_size() > 1:
             _for_all([parameter.data for parameter in self.head_parameters], lambda flat: dist.broadcast(flat, src=0))
+
+    def set_schedule_epoch(self) -> None:
+        """Tell the schedule its epoch: between it and the Trainer, accelerate wraps samplers that do not pass it on."""
+        if self._schedule is not None:
+            self._schedule.set_epoch(self.state.global_step // self._schedule.steps)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         parameters = [*model.parameters(), *self.head_parameters]
@@ -149,7 +171,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term and metric since the last log."""
-        kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
+        kind = "train" if "loss" in logs else "eval" if any(name.endswith("_loss") for name in logs) else None
         if kind and self._log_sums[kind]:
             prefix = "eval_" if kind == "eval" else ""
             gathered = nested_gather(self._log_sums[kind], parallel_mode=self.args.parallel_mode)
@@ -160,14 +182,17 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         super().log(logs, start_time)
 
 
-class _BroadcastHeads(TrainerCallback):
-    """Heads are initialised in each process: make them equal before the first step."""
+class _Prepare(TrainerCallback):
+    """What is due at the beginning of training and of each epoch."""
 
     def __init__(self, trainer: KDMCSETrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.broadcast_heads()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.set_schedule_epoch()
 
 
 def _check_columns(name: str, dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from st_kdmcse import __version__
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
-from st_kdmcse.losses import ArcCSELoss, KDMCSELoss, MCSELoss, SimCSELoss
+from st_kdmcse.losses import KDMCSELoss, MCSELoss, SimCSELoss
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.student import build_student
 from st_kdmcse.trainer import KDMCSETrainer
@@ -49,8 +50,9 @@ _STATE_FILES = (
     "training_args.bin",
 )
 
-# Options that may differ between a run and its resumption: they do not change what is computed.
-_FREE_TO_CHANGE = {"resume", "report_to", "output_dir"}
+# Options that may differ between a run and its resumption: they do not change what is computed, or (text, features)
+# their content is compared.
+_FREE_TO_CHANGE = {"resume", "report_to", "output_dir", "workers", "text", "features", "eval_data"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -122,6 +124,9 @@ class TrainingOptions:
             raise ValueError(
                 f"pair_every must be at least 2 (a pair batch at every second step), got {self.pair_every}"
             )
+        unread = [f"--{name.replace('_', '-')}" for name in self.config if name not in METHODS[self.method].reads]
+        if unread:
+            raise ValueError(f"method {self.method} has no option {', '.join(sorted(unread))}")
         if METHODS[self.method].needs_features and self.features is None:
             raise ValueError(f"method {self.method} learns from teacher features: give --features STORE")
         if self.text is None and self.features is None:
@@ -133,53 +138,63 @@ class TrainingOptions:
     def loss_config(self) -> KDMCSEConfig:
         """The recipe with the overrides of the method and of the user."""
         recipe = KDMCSEConfig.released if self.recipe == "released" else KDMCSEConfig.paper
-        return recipe(**{**self.config, **METHODS[self.method].overrides})
+        return recipe(**{**self.config, **METHODS[self.method].fixed})
+
+
+Build = Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool], TwoViewLoss]
 
 
 class Method(NamedTuple):
-    """A row of the paper's tables: a loss and the options that define it."""
+    """A row of the paper's tables.
 
-    build: Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool], TwoViewLoss]
+    Attributes:
+        build: makes the loss from student, config, features, and whether to gather across devices.
+        needs_features: whether it learns from a teacher.
+        reads: the options of the config that it has.
+        fixed: the options that define it.
+    """
+
+    build: Build
     needs_features: bool
-    overrides: Mapping[str, Any] = {}
+    reads: frozenset[str]
+    fixed: Mapping[str, Any] = {}
 
 
 def _kdmcse(model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool) -> TwoViewLoss:
     return KDMCSELoss(model, config, store.dim if store else 512, store, gather)
 
 
-def _mcse(use_captions: bool) -> Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool], TwoViewLoss]:
+def _mcse(use_captions: bool) -> Build:
     def build(
         model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool
     ) -> TwoViewLoss:
         return MCSELoss(
             model,
-            multimodal_weight=config.multimodal_weight,
-            temperature=config.temperature,
-            text_temperature=config.text_temperature,
             use_captions=use_captions,
-            projection_dim=config.projection_dim,
             teacher_dim=store.dim if store else 512,
             features=store,
             gather_across_devices=gather,
+            **{name: getattr(config, name) for name in _MCSE_OPTIONS},
         )
 
     return build
 
 
+def _simcse(model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool) -> TwoViewLoss:
+    return SimCSELoss(model, config.text_temperature, config.text_margin, gather)
+
+
+_ALL_OPTIONS = frozenset(option.name for option in fields(KDMCSEConfig))
+_SIMCSE_OPTIONS = frozenset({"text_temperature", "text_margin"})
+_MCSE_OPTIONS = _SIMCSE_OPTIONS | {"multimodal_weight", "temperature", "projection_dim"}
+
 METHODS: dict[str, Method] = {
-    "kdmcse": Method(_kdmcse, True),
-    "kdmcse-without-adapacse": Method(_kdmcse, True, {"margin": 0.0}),
-    "kdmcse-without-filter": Method(_kdmcse, True, {"filter_negatives": False}),
-    "mcse": Method(_mcse(use_captions=False), True),
-    "mcse-clip-text": Method(_mcse(use_captions=True), True),
-    "simcse": Method(lambda model, config, _, gather: SimCSELoss(model, config.text_temperature, gather), False),
-    "arccse": Method(
-        lambda model, config, _, gather: ArcCSELoss(
-            model, temperature=config.text_temperature, gather_across_devices=gather
-        ),
-        False,
-    ),
+    "kdmcse": Method(_kdmcse, True, _ALL_OPTIONS),
+    "kdmcse-without-adapacse": Method(_kdmcse, True, _ALL_OPTIONS - {"margin"}, {"margin": 0.0}),
+    "kdmcse-without-filter": Method(_kdmcse, True, _ALL_OPTIONS - {"filter_negatives"}, {"filter_negatives": False}),
+    "mcse": Method(_mcse(use_captions=False), True, _MCSE_OPTIONS),
+    "mcse-clip-text": Method(_mcse(use_captions=True), True, _MCSE_OPTIONS),
+    "simcse": Method(_simcse, False, _SIMCSE_OPTIONS),
 }
 """The methods of Tables 1, 3 and 5 by name."""
 
@@ -201,8 +216,11 @@ def train(options: TrainingOptions) -> dict[str, Any]:
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
     state = PartialState()
-    inputs = _Inputs.load(options, state)
+    # The cheap checks first: a conversion of features may take an hour.
+    if state.is_main_process:
+        _check_output_dir(options)
     arguments = _arguments(options, roberta="roberta" in _encoder_type(options.model))
+    inputs = _Inputs.load(options, state)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
     run = _claim(options, inputs, arguments) if state.is_main_process else {}
     state.wait_for_everyone()
@@ -216,9 +234,9 @@ def train(options: TrainingOptions) -> dict[str, Any]:
         _write_json(options.output_dir / _RUN_NAME, run)
     stop = _StopOnSignal()
     trainer = KDMCSETrainer(
-        model=model,
-        args=arguments,
-        train_dataset=inputs.sources,
+        model,
+        arguments,
+        inputs.sources,
         loss=loss,
         evaluator=evaluator,
         pair_every=options.pair_every,
@@ -226,17 +244,17 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     )
     started = time.perf_counter()
     with stop.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _train_from(trainer, checkpoint, state)
     seconds = time.perf_counter() - started
     last = latest_checkpoint(options.output_dir)
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped; {last} holds everything: run the same command with --resume to go on")
     summary: dict[str, Any] = {}
     if state.is_main_process:
-        summary = _summary(options, trainer, run, evaluator, inputs, seconds)
         trainer.save_model(str(options.output_dir))
-        if last is not None:
+        if evaluator and last is not None:
             _copy_model(last, options.output_dir / _LAST)
+        summary = _summary(options, trainer, run, inputs, seconds)
         _write_json(options.output_dir / SUMMARY_NAME, summary)
     state.wait_for_everyone()
     return summary
@@ -272,9 +290,6 @@ class _Inputs:
 
     @classmethod
     def load(cls, options: TrainingOptions, state: PartialState) -> _Inputs:
-        # The cheap checks first: a conversion of features may take an hour.
-        if state.is_main_process:
-            _check_output_dir(options)
         for name in ("text", "features"):
             path = getattr(options, name)
             if path is not None and not path.exists():
@@ -298,6 +313,25 @@ class _Inputs:
         return cls(sources, store, dev, test, checksums)
 
 
+def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, processes: PartialState) -> None:
+    """Train, from a checkpoint if there is one; from the last one of a run, which was killed later, do not train."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    file = checkpoint / "trainer_state.json"
+    state = TrainerState.load_from_json(str(file))
+    best = state.best_model_checkpoint and checkpoint.with_name(Path(state.best_model_checkpoint).name)
+    if best and processes.is_main_process:  # the directory may have been moved
+        state.best_model_checkpoint = str(best)
+        state.save_to_json(str(file))
+    processes.wait_for_everyone()
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer.state = state
+        trainer.load_checkpoint(best or checkpoint)
+
+
 def _open_features(options: TrainingOptions) -> FeatureStore:
     path = Path(options.features or "")
     if path.is_dir():
@@ -318,8 +352,12 @@ def _check_output_dir(options: TrainingOptions) -> None:
         if (output_dir / SUMMARY_NAME).is_file():
             raise ValueError(f"the run in {output_dir} is finished: its results are in {output_dir / SUMMARY_NAME}")
     elif output_dir.is_dir() and any(output_dir.iterdir()):
-        remedy = "add --resume to go on with it, or " if (output_dir / _RUN_NAME).is_file() else ""
-        raise ValueError(f"--output-dir {output_dir} is not empty: {remedy}choose another directory")
+        remedy = "choose another directory"
+        if (output_dir / _RUN_NAME).is_file():
+            remedy = f"add --resume to go on with it, or {remedy}"
+        elif [path.name for path in output_dir.iterdir()] == [_FEATURES]:
+            remedy = f"move the converted features in it away and give them as --features, or {remedy}"
+        raise ValueError(f"--output-dir {output_dir} is not empty: {remedy}")
 
 
 def _claim(
@@ -328,7 +366,9 @@ def _claim(
     """The record of the run; a resumed one must have been started with the same options and data."""
     described = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     run: dict[str, Any] = {
-        "options": {name: value for name, value in described.items() if name not in _FREE_TO_CHANGE},
+        "options": described,
+        "processes": arguments.world_size,
+        "bf16": arguments.bf16,
         "batch_size": arguments.per_device_train_batch_size,
         "learning_rate": arguments.learning_rate,
         "data_sha256": inputs.checksums,
@@ -336,15 +376,19 @@ def _claim(
     path = options.output_dir / _RUN_NAME
     if path.is_file():
         earlier = json.loads(path.read_text(encoding="utf-8"))
+        before, now = (
+            {**record["options"], "processes": record["processes"], "bf16": record["bf16"]} for record in (earlier, run)
+        )
         changes = [
-            f"{name} was {earlier['options'].get(name)!r}, is {value!r}"
-            for name, value in run["options"].items()
-            if earlier["options"].get(name) != value
+            f"{name} was {before[name]!r}, is {value!r}"
+            for name, value in now.items()
+            if name not in _FREE_TO_CHANGE and before[name] != value
         ]
+        checksums = earlier["data_sha256"], run["data_sha256"]
         changes += [
             f"the {name} data have changed"
-            for name, value in run["data_sha256"].items()
-            if earlier["data_sha256"].get(name) != value
+            for name in sorted({*checksums[0], *checksums[1]})
+            if checksums[0].get(name) != checksums[1].get(name)
         ]
         if changes:
             raise ValueError(f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}")
@@ -408,7 +452,6 @@ def _summary(
     options: TrainingOptions,
     trainer: KDMCSETrainer,
     run: Mapping[str, Any],
-    evaluator: EmbeddingSimilarityEvaluator | None,
     inputs: _Inputs,
     seconds: float,
 ) -> dict[str, Any]:
@@ -416,7 +459,6 @@ def _summary(
     curve = [{"step": entry["step"], "spearman": entry[METRIC]} for entry in history if METRIC in entry]
     best = max(curve, key=lambda point: point["spearman"], default=None)
     cuda = torch.cuda.is_available()
-    packages = ("st-kdmcse", "sentence-transformers", "transformers", "torch", "datasets")
     return {
         "method": options.method,
         "recipe": options.recipe,
@@ -441,8 +483,17 @@ def _summary(
             "process": _peak_memory_mib(),
         },
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": _versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("sentence-transformers", "transformers", "torch", "datasets")
+    return {
+        "st-kdmcse": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
     }
 
 

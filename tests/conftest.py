@@ -25,6 +25,9 @@ def shared_data() -> Path:
     return folder
 
 
+collect_ignore = ["distributed_worker.py"]
+
+
 def copy_tree(source: Path, target: Path) -> Path:
     """A copy of a folder, so that a test may change it."""
     return Path(shutil.copytree(source, target))

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from st_kdmcse import FeatureStore, KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student
 
-steps, batch, lr = (float(value) for value in sys.argv[5:8])
+steps, batch, lr, resume = (float(value) for value in sys.argv[5:9])
 set_seed(3 + rank)  # heads that differ between processes must be made equal
 student = build_student(str(folder / "bert")).to("cpu")
 for module in student.modules():
@@ -45,7 +45,8 @@ trainer = KDMCSETrainer(
         learning_rate=lr,
         optim="sgd",
         max_grad_norm=0.05,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=7,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -60,7 +61,7 @@ trainer = KDMCSETrainer(
 batches = []
 forward = loss.forward
 loss.forward = lambda features, labels=None: batches.append(labels) or forward(features, labels)
-trainer.train()
+trainer.train(resume_from_checkpoint=str(folder / f"run-{world}" / f"checkpoint-{int(resume)}") if resume else None)
 state = {name.removeprefix("module."): value for name, value in student.state_dict().items()}
 torch.save(
     {

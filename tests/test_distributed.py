@@ -14,11 +14,11 @@ from st_kdmcse import KDMCSEConfig, KDMCSELoss
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def run(folder, world, steps, batch, lr):
+def run(folder, world, steps, batch, lr, resume=0):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    arguments = [str(folder), str(steps), str(batch), str(lr)]
+    arguments = [str(folder), str(steps), str(batch), str(lr), str(resume)]
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(world), port, *arguments],
@@ -65,3 +65,13 @@ def test_processes_draw_from_one_source_at_a_time_and_never_the_same_rows(folder
     assert kinds == [[False, True] * 3] * 2
     rows = torch.cat([labels for result in (first, second) for labels in result["labels"] if labels is not None])
     assert len(rows.unique()) == len(rows) == 48
+
+
+def test_resuming_in_the_second_epoch_is_exact_on_two_processes(folder):
+    # An epoch has 8 steps; checkpoint 14 lies in the second.
+    whole = run(folder, 2, steps=18, batch=8, lr=0.1)
+    resumed = run(folder, 2, steps=18, batch=8, lr=0.1, resume=14)
+    for before, after in zip(whole, resumed, strict=True):
+        assert [str(labels) for labels in before["labels"][14:]] == [str(labels) for labels in after["labels"]]
+        for kind in ("student", "heads"):
+            assert all(torch.equal(value, after[kind][name]) for name, value in before[kind].items())

@@ -52,7 +52,7 @@ def test_fit_follows_the_schedule_and_trains_the_heads(student, store, sentences
         optimizer_params={"lr": 1e-3},
     )
     kinds = "".join("P" if len(terms) == 3 else "T" for terms, _, _ in loss.seen)
-    assert kinds == "TTP" * 12  # 100 of 200 sentences in batches of 8 a loader
+    assert kinds == "TTP" * 13  # 100 of 200 sentences a loader, in batches of 8
     assert {size for _, size, _ in loss.seen} == {8}
     expected_shape = (8, 1) if make_pairs is pairs_by_row else (8, 2 * store.dim)
     assert {tuple(labels.shape) for terms, _, labels in loss.seen if len(terms) == 3} == {expected_shape}
@@ -78,6 +78,11 @@ def test_what_cannot_be_trained_is_refused(student, store, sentences):
         fit_objectives(loader(texts, 4), loader(pairs, 8), loss)
     with pytest.raises(ValueError, match="text example 1 "):
         fit_objectives(loader([texts[0], InputExample(texts=["a", "b"])]), loader(pairs), loss)
+    for labelled in (InputExample(texts=["a dog"], label=1), pairs[0]):
+        with pytest.raises(ValueError, match="text example 200 has a label"):
+            fit_objectives(loader([*texts, labelled]), loader(pairs), loss)
+    with pytest.raises(ValueError, match="leave 5 pairs for a loader"):
+        fit_objectives(loader(texts), loader(pairs[:5]), loss)
     with pytest.raises(ValueError, match="example 3 .*mixes"):
         fit_objectives(loader(texts), loader([*pairs[:3], pairs_by_value(store, 1)[0]]), loss)
     wrong = MultimodalInputExample(["a"], np.ones(3), np.ones(3))

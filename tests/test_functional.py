@@ -85,7 +85,27 @@ def test_autocast_does_not_narrow_the_loss():
     x, y = rows(0, N, DIM, dtype=torch.float32), rows(1, N, DIM, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = functional.info_nce(x, y)
+        evenness, products = functional.uniformity(x), functional.dot_product_matrix(x, y)
     assert torch.equal(inside, functional.info_nce(x, y))
+    assert torch.equal(evenness, functional.uniformity(x))
+    assert torch.equal(products, x @ y.T)
+
+
+def test_scores_out_of_the_range_of_float32_stay_finite():
+    alpha = torch.full((N, N), 1e300, dtype=torch.float64)
+    x = rows(0, N, DIM, dtype=torch.float32)
+    loss = functional.adap_acse(x, rows(1, N, DIM, dtype=torch.float32), alpha, 0.3)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+
+
+def test_the_smallest_half_precision_vectors_have_finite_gradients():
+    x = (rows(0, N, DIM).detach() * 6e-8).half().requires_grad_()
+    for loss in (functional.info_nce(x, x.flip(0)), functional.arc_cse(x, x, 0.2)):
+        x.grad = None
+        loss.backward()
+        assert x.grad.isfinite().all()
 
 
 LOSSES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import BertTokenizerFast, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
+from transformers import BertModel, BertTokenizerFast, RobertaConfig, RobertaModel, T5Config, T5EncoderModel
 
 from st_kdmcse import build_student
 
@@ -43,7 +43,10 @@ def test_roberta_is_a_student(tmp_path, tiny_bert):
     )
     RobertaModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert build_student(str(tmp_path)).encode(["a dog"]).shape == (1, 16)
+    model = build_student(str(tmp_path), max_seq_length=39)
+    assert model.encode(["a dog " * 50]).shape == (1, 16)
+    with pytest.raises(ValueError, match="from 2 to the 39 positions"):  # one of 40 is taken by padding
+        build_student(str(tmp_path), max_seq_length=40)
 
 
 def test_an_encoder_without_cls_is_refused(tmp_path, tiny_bert):
@@ -55,6 +58,12 @@ def test_an_encoder_without_cls_is_refused(tmp_path, tiny_bert):
     )
     with pytest.raises(ValueError, match=r"\[CLS\]"):
         build_student(str(tmp_path))
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_full(tiny_bert, tmp_path):
+    BertModel.from_pretrained(tiny_bert).half().save_pretrained(tmp_path)
+    BertTokenizerFast.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in build_student(str(tmp_path)).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("length", [1, 65])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,40 @@ def test_the_authors_json_is_imported(arguments, tmp_path, store):
     assert (tmp_path / "out" / "features" / "manifest.json").is_file()
 
 
+def test_a_failed_start_does_not_cost_the_conversion(arguments, tmp_path, shared_data):
+    features = shared_data / "flickr8k_features" / "released_format_60.json"
+    result = run(arguments(features=features, model="bert-bse"))
+    assert "--model bert-bse" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_may_be_moved_and_resumed(arguments, tmp_path):
+    whole = run(arguments(**{"output-dir": tmp_path / "whole", "max-steps": 9}))
+    assert whole.exit_code == 0, whole.output
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    for name in ("training_summary.json", "checkpoints/checkpoint-9/trainer_state.json"):
+        (tmp_path / "moved" / name).unlink()
+    shutil.rmtree(tmp_path / "whole")
+    result = run(arguments(**{"output-dir": tmp_path / "moved", "max-steps": 9}, resume=True))
+    assert result.exit_code == 0, result.output
+    assert [line for line in whole.output.splitlines() if "STS-B" in line] == [
+        line for line in result.output.splitlines() if "STS-B" in line
+    ]
+
+
+def test_without_evaluation_there_is_one_model(arguments, tmp_path):
+    result = run(arguments(**{"eval-steps": 0}))
+    assert result.exit_code == 0, result.output
+    assert "there was no evaluation" in result.output
+    assert not (tmp_path / "out" / "last").exists()
+
+
+def test_the_demo_takes_no_other_options():
+    result = run(["--demo", "--margin", "0.1"])
+    assert result.exit_code == 2
+    assert "--demo is a fixed run" in result.output
+
+
 def damage(path, change):
     content = bytearray(path.read_bytes())
     change(content)
@@ -194,6 +229,8 @@ def damage(path, change):
         (None, {"eval-data": "nowhere"}, "nowhere"),
         (None, {"model": "bert-bse"}, "--model bert-bse is neither"),
         (None, {"margin": -1}, "margin must be in"),
+        (None, {"method": "simcse", "margin": 0.1}, "method simcse has no option --margin"),
+        (None, {"method": "kdmcse-without-adapacse", "margin": 0.1}, "has no option --margin"),
         (None, {"max-steps": 0}, "max_steps must be positive"),
         (None, {"pair-every": 1}, "at least 2"),
         (lambda d: (d / "text.txt").write_bytes(b""), {}, "text.txt"),
@@ -254,7 +291,9 @@ def test_a_run_that_was_killed_while_finishing_is_finished_by_resuming(arguments
     (tmp_path / "out" / "model.safetensors").unlink()
     result = run(arguments(resume=True))
     assert result.exit_code == 0, result.output
-    assert json.loads(summary.read_text())["sts_dev_best"] == before["sts_dev_best"]
+    after = json.loads(summary.read_text())
+    for name in ("steps", "sts_dev_curve", "sts_dev_best", "sts_test_of_best", "losses"):
+        assert after[name] == before[name]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 

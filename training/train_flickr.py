@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from st_kdmcse.cli import config_options, friendly_errors, quiet_libraries, run_training, training_options
 
@@ -24,10 +25,12 @@ def main(demo: bool, **arguments: Any) -> None:
         from st_kdmcse.demo.run import run_demo
 
         quiet_libraries()
-        given = click.get_current_context().get_parameter_source("output_dir")
-        chosen = given is not None and given.name != "DEFAULT"
+        context = click.get_current_context()
+        given = {name for name in arguments if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        if given - {"output_dir", "seed"}:
+            raise click.UsageError("--demo is a fixed run: of the other options it takes --output-dir and --seed only")
         with friendly_errors():
-            run_demo(arguments["output_dir"] if chosen else Path("kdmcse-demo"), arguments["seed"])
+            run_demo(arguments["output_dir"] if "output_dir" in given else Path("kdmcse-demo"), arguments["seed"])
     else:
         run_training(arguments)
 

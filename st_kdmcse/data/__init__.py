@@ -5,7 +5,7 @@ from st_kdmcse.data.released import import_released_json
 from st_kdmcse.data.sentences import read_sentences
 from st_kdmcse.data.store import FeatureBatch, FeatureStore
 from st_kdmcse.data.sts import STSPairs, load_sts_benchmark
-from st_kdmcse.data.thresholds import teacher_thresholds
+from st_kdmcse.data.thresholds import true_pair_score
 from st_kdmcse.data.writer import FeatureStoreWriter
 
 __all__ = [
@@ -17,5 +17,5 @@ __all__ = [
     "load_sts_benchmark",
     "read_sentences",
     "sha256_file",
-    "teacher_thresholds",
+    "true_pair_score",
 ]

@@ -13,11 +13,25 @@ from sentence_transformers.util import all_gather, all_gather_with_grad
 from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch import Tensor, nn
 
+from st_kdmcse import functional
 from st_kdmcse import heads as heads_io
 from st_kdmcse.heads import ProjectionHead
 from st_kdmcse.losses.components import LossComponents
 
 Views = tuple[Tensor, Tensor]
+
+
+def simcse(
+    anchors: Tensor, candidates: Tensor, temperature: float, margin: float, offset: int, guard: bool = True
+) -> Tensor:
+    """InfoNCE (Eq. 1), optionally with the released code's fixed margin on the negatives."""
+    if margin == 0:
+        return functional.info_nce(anchors, candidates, temperature, positive_offset=offset)
+    # AdapACSE with a teacher that finds every pair wholly unlike has the same margin everywhere.
+    nothing_alike = anchors.new_zeros(len(anchors), len(candidates))
+    return functional.adap_acse(
+        anchors, candidates, nothing_alike, margin, temperature, guard=guard, positive_offset=offset
+    )
 
 
 class TwoViewLoss(nn.Module):
@@ -36,7 +50,7 @@ class TwoViewLoss(nn.Module):
         self.model = model
         self.gather_across_devices = gather_across_devices
         self.hidden_dim: int = model.get_embedding_dimension()
-        self.heads = nn.ModuleDict({"text": ProjectionHead(self.hidden_dim, self.hidden_dim)})
+        self.heads = nn.ModuleDict({"text": ProjectionHead(self.hidden_dim, self.hidden_dim)}).to(model.device)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
         """The loss of a tokenized batch.

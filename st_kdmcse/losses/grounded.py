@@ -13,7 +13,7 @@ from torch import Tensor
 from st_kdmcse import functional
 from st_kdmcse.config import KDMCSEConfig, SoftLabel
 from st_kdmcse.heads import ProjectionHead
-from st_kdmcse.losses.base import TwoViewLoss, Views
+from st_kdmcse.losses.base import TwoViewLoss, Views, simcse
 from st_kdmcse.losses.components import LossComponents
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ Modality = Literal["image", "text"]
 
 # The name of each term in the logs: "text" is the student's own text loss there.
 _TERM: dict[Modality, str] = {"image": "image", "text": "caption"}
+
+_SCORES = {"cosine": functional.cosine_similarity_matrix, "dot": functional.dot_product_matrix}
 
 
 class GroundedLoss(TwoViewLoss):
@@ -59,22 +61,12 @@ class GroundedLoss(TwoViewLoss):
         self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
         for modality in self.modalities:
             self.heads[f"teacher_{modality}"] = ProjectionHead(teacher_dim, config.projection_dim)
+        self.heads.to(model.device)
 
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """SimCSE (Eq. 1), or with ``text_margin`` the released code's fixed margin on the negatives."""
-        temperature, margin = self.config.text_temperature, self.config.text_margin
-        if margin == 0:
-            return functional.info_nce(anchors, candidates, temperature, positive_offset=offset)
-        # AdapACSE with a teacher that finds every pair wholly unlike has the same margin everywhere.
-        nothing_alike = anchors.new_zeros(len(anchors), len(candidates))
-        return functional.adap_acse(
-            anchors,
-            candidates,
-            nothing_alike,
-            margin,
-            temperature,
-            guard=self.config.margin_guard,
-            positive_offset=offset,
+        return simcse(
+            anchors, candidates, self.config.text_temperature, self.config.text_margin, offset, self.config.margin_guard
         )
 
     def compute_loss_from_embeddings(
@@ -132,7 +124,8 @@ class GroundedLoss(TwoViewLoss):
         if labels.ndim != 2 or labels.shape[1] != 2 * self.teacher_dim:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} are neither row numbers (N, 1) nor image and text features "
-                f"(N, {2 * self.teacher_dim}) of a teacher with teacher_dim={self.teacher_dim}"
+                f"(N, {2 * self.teacher_dim}) of a teacher with teacher_dim={self.teacher_dim}. (MatryoshkaLoss cuts "
+                "off features whose total width is that of the model: use row numbers of a feature store there)"
             )
         finite = labels.isfinite().all(dim=1)
         if not finite.all():
@@ -191,13 +184,9 @@ class GroundedLoss(TwoViewLoss):
         if config.filter_negatives and threshold is not None:
             kind = config.image_filter if modality == "image" else config.text_filter
             anchors, others = _sides(kind, local, candidates)
-            if config.filter_score == "cosine":
-                score = functional.cosine_similarity_matrix(anchors, others)
-            else:
-                wide = torch.promote_types(anchors.dtype, torch.float32)
-                score = anchors.to(wide) @ others.to(wide).T
+            similarity = _SCORES[config.filter_score]
             keep = functional.threshold_filter(
-                score, float(threshold), inclusive=config.filter_inclusive, positive_offset=offset
+                similarity(anchors, others), float(threshold), inclusive=config.filter_inclusive, positive_offset=offset
             )
         if same_image is not None:
             other_image = ~same_image | functional.positive_mask(same_image, offset)
@@ -210,6 +199,8 @@ class GroundedLoss(TwoViewLoss):
                 "remove_same_image needs image_ids: train with row numbers of a feature store, or pass them"
             )
         if not isinstance(image_ids, Tensor):
+            if self.gathers:
+                raise ValueError("across devices image_ids must be a tensor of integers that mean the same everywhere")
             number: dict[Hashable, int] = {}
             image_ids = torch.tensor([number.setdefault(image, len(number)) for image in image_ids])
         image_ids = image_ids.to(like.device)
@@ -227,11 +218,16 @@ class GroundedLoss(TwoViewLoss):
                 )
 
     def _features_of_rows(self, rows: Tensor, device: torch.device) -> dict[str, Any]:
+        if rows.is_floating_point():
+            raise ValueError(
+                f"labels of {rows.dtype} with one number a sentence are no row numbers: leave the label out for a "
+                "batch of plain text, or give rows as integers"
+            )
         if self.features is None:
             raise ValueError(
                 f"the labels are row numbers, and {type(self).__name__} has no feature store: pass features=store"
             )
-        batch = self.features.gather(rows.cpu().long())
+        batch = self.features.gather(rows.cpu())
         return {
             "image_features": torch.from_numpy(batch.image_features).to(device, non_blocking=True),
             "text_features": torch.from_numpy(batch.text_features).to(device, non_blocking=True),
@@ -254,11 +250,11 @@ def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDM
         return config
     if features is None:
         raise ValueError('a threshold of "auto" is read off a feature store: pass features=store, or a number')
-    from st_kdmcse.data.thresholds import teacher_thresholds
+    from st_kdmcse.data.thresholds import true_pair_score
 
-    text, image = teacher_thresholds(features)
-    return replace(
-        config,
-        image_threshold=image if config.image_threshold == "auto" else config.image_threshold,
-        text_threshold=text if config.text_threshold == "auto" else config.text_threshold,
-    )
+    changes: dict[str, Any] = {
+        f"{term}_threshold": true_pair_score(features, getattr(config, f"{term}_filter"), config.filter_score)
+        for term in ("image", "text")
+        if getattr(config, f"{term}_threshold") == "auto"
+    }
+    return replace(config, **changes)

@@ -24,6 +24,7 @@ class MCSELoss(GroundedLoss):
         multimodal_weight: lambda, the weight of the cross-modal terms, >= 0.
         temperature: of the cross-modal terms, > 0.
         text_temperature: of the text loss, > 0.
+        text_margin: a fixed margin in radians on the negatives of the text loss; 0 is MCSE.
         use_captions: add the same term against the teacher's features of the caption ("MCSE + CLIP text").
         projection_dim: width of the shared space.
         teacher_dim: width T of the teacher features.
@@ -69,6 +70,7 @@ class MCSELoss(GroundedLoss):
         multimodal_weight: float = 0.01,
         temperature: float = 0.05,
         text_temperature: float = 0.05,
+        text_margin: float = 0.0,
         use_captions: bool = False,
         projection_dim: int = 256,
         teacher_dim: int = 512,
@@ -82,6 +84,7 @@ class MCSELoss(GroundedLoss):
             multimodal_weight=multimodal_weight,
             temperature=temperature,
             text_temperature=text_temperature,
+            text_margin=text_margin,
             projection_dim=projection_dim,
         )
         modalities: tuple[Modality, ...] = ("image", "text") if use_captions else ("image",)
@@ -89,7 +92,7 @@ class MCSELoss(GroundedLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        names = ("multimodal_weight", "temperature", "text_temperature", "projection_dim")
+        names = ("multimodal_weight", "temperature", "text_temperature", "text_margin", "projection_dim")
         options = {name: getattr(self.config, name) for name in names}
         return {**options, "use_captions": "text" in self.modalities, **super().get_config_dict()}
 

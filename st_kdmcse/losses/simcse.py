@@ -7,8 +7,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_kdmcse import functional
-from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.losses.base import TwoViewLoss, simcse
 from st_kdmcse.losses.citations import SIMCSE
 
 
@@ -20,6 +19,7 @@ class SimCSELoss(TwoViewLoss):
     Args:
         model: SentenceTransformer model.
         temperature: divides the cosines, > 0.
+        negative_margin: a fixed margin in radians on the negatives; 0 is SimCSE, KDMCSE's released code takes 0.15.
         gather_across_devices: use the sentences of all processes as negatives.
 
     References:
@@ -58,18 +58,24 @@ class SimCSELoss(TwoViewLoss):
     """
 
     def __init__(
-        self, model: SentenceTransformer, temperature: float = 0.05, gather_across_devices: bool = False
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.05,
+        negative_margin: float = 0.0,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__(model, gather_across_devices)
         self.temperature = temperature
+        self.negative_margin = negative_margin
 
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """InfoNCE (Eq. 1)."""
-        return functional.info_nce(anchors, candidates, self.temperature, positive_offset=offset)
+        return simcse(anchors, candidates, self.temperature, self.negative_margin, offset)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        return {"temperature": self.temperature, **super().get_config_dict()}
+        options = {"temperature": self.temperature, "negative_margin": self.negative_margin}
+        return {**options, **super().get_config_dict()}
 
     @property
     def citation(self) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils.data import DataLoader
 
-from st_kdmcse.data import FeatureStore, FeatureStoreWriter, layout, teacher_thresholds
+from st_kdmcse.data import FeatureStore, FeatureStoreWriter, layout, true_pair_score
 from st_kdmcse.data import store as store_module
 from st_kdmcse.data import writer as writer_module
 from st_kdmcse.data.files import sha256_file
@@ -694,13 +694,17 @@ def test_a_relative_path_survives_a_change_of_folder(folder, monkeypatch):
 # Thresholds
 
 
+def thresholds(store, **options):
+    return tuple(true_pair_score(store, pair, **options) for pair in ("text-text", "text-image"))
+
+
 def test_thresholds_against_a_slow_loop(tmp_path):
     store, images, texts = write(tmp_path / "store", counts=(2, 1, 4, 3), dtype="float32")
     between, own = [], []
     for i in range(len(store)):
         own.append(float(texts[i] @ images[store.image_rows[i]]))
         between += [float(texts[i] @ texts[j]) for j in range(i) if store.image_rows[i] == store.image_rows[j]]
-    assert teacher_thresholds(store) == pytest.approx((np.median(between), np.median(own)), abs=1e-6)
+    assert thresholds(store) == pytest.approx((np.median(between), np.median(own)), abs=1e-6)
 
 
 def test_thresholds_do_not_depend_on_the_scale_or_order_of_the_features(tmp_path):
@@ -713,23 +717,31 @@ def test_thresholds_do_not_depend_on_the_scale_or_order_of_the_features(tmp_path
     other = FeatureStore.from_arrays(
         tmp_path / "other", 9 * images, scaled[order], list("abcdefghi"), rows[order], ids, "t"
     )
-    assert teacher_thresholds(other) == pytest.approx(teacher_thresholds(one), abs=1e-6)
+    assert thresholds(other) == pytest.approx(thresholds(one), abs=1e-6)
+
+
+def test_thresholds_of_the_released_score_are_dot_products(tmp_path):
+    images, texts = np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 5.0]])
+    store = FeatureStore.from_arrays(tmp_path / "raw", images, texts, list("abc"), [0, 0, 1], ["x", "y"], "t")
+    assert true_pair_score(store, "image-text", "dot") == np.median([3, 6, 10])
+    assert true_pair_score(store, "text-text", "dot") == 2
+    assert true_pair_score(store, "image-image", "dot") is None
 
 
 def test_no_text_threshold_where_each_image_has_one_caption(tmp_path):
     store, images, texts = write(tmp_path / "store", counts=(1, 1, 1), dtype="float32")
-    text, image = teacher_thresholds(store)
+    text, image = thresholds(store)
     assert text is None
     assert image == pytest.approx(np.median((images * texts).sum(1)), abs=1e-6)
 
 
 def test_thresholds_of_real_features(shared_data):
     store = FeatureStore.open(shared_data / "flickr8k_features")
-    text, image = teacher_thresholds(store)
+    text, image = thresholds(store)
     assert 0.4 < text < 0.55
     assert 0.25 < image < 0.33
-    sampled = teacher_thresholds(store, max_images=300, seed=1)
-    assert sampled == teacher_thresholds(store, max_images=300, seed=1)
+    sampled = thresholds(store, max_images=300, seed=1)
+    assert sampled == thresholds(store, max_images=300, seed=1)
     assert sampled == pytest.approx((text, image), abs=0.03)
 
 

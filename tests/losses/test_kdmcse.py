@@ -174,6 +174,7 @@ def test_it_works_inside_matryoshka(student, sentences, store):
         (torch.zeros(4, 7), "neither row numbers"),
         (torch.full((4, 2 * T), float("nan")), "example 0 .* NaN"),
         (torch.tensor([0, 1, 2, 3]), "no feature store"),
+        (torch.tensor([0.8, 1.0, 0.0, 3.0]), "leave the label out"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(student, sentences, labels, message):
