@@ -82,7 +82,7 @@ def test_what_cannot_be_trained_is_refused(student, store, sentences):
         with pytest.raises(ValueError, match="text example 200 has a label"):
             fit_objectives(loader([*texts, labelled]), loader(pairs), loss)
     with pytest.raises(ValueError, match="leave 5 pairs for a loader"):
-        fit_objectives(loader(texts), loader(pairs[:5]), loss)
+        fit_objectives(loader(texts), loader(pairs[:5]), loss, pair_every=3)
     with pytest.raises(ValueError, match="example 3 .*mixes"):
         fit_objectives(loader(texts), loader([*pairs[:3], pairs_by_value(store, 1)[0]]), loss)
     wrong = MultimodalInputExample(["a"], np.ones(3), np.ones(3))
