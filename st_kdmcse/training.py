@@ -215,7 +215,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
         ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
-    state = PartialState()
+    state = PartialState(cpu=_cpu_only())
     # The cheap checks first: a conversion of features may take an hour.
     if state.is_main_process:
         _check_output_dir(options)
@@ -423,6 +423,7 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         max_grad_norm=1.0,
         bf16=(cuda and torch.cuda.is_bf16_supported()) if options.bf16 is None else options.bf16,
         seed=options.seed,
+        use_cpu=_cpu_only(),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps if evaluates else None,
         save_strategy="steps",
@@ -436,6 +437,11 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=cuda,
     )
+
+
+def _cpu_only() -> bool:
+    """Whether to say that there is only a CPU: accelerate does not distribute over one otherwise."""
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def sts_evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the network
@@ -31,6 +32,13 @@ collect_ignore = ["distributed_worker.py"]
 def copy_tree(source: Path, target: Path) -> Path:
     """A copy of a folder, so that a test may change it."""
     return Path(shutil.copytree(source, target))
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 WORDS = "a the two dog dogs man woman child runs plays sits on in of grass beach ball red blue small large snow".split()

@@ -1,13 +1,12 @@
 """Two gloo processes of half the batch against one process of the whole batch."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_tree
+from conftest import copy_tree, free_port
 
 from st_kdmcse import KDMCSEConfig, KDMCSELoss
 
@@ -15,9 +14,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 def run(folder, world, steps, batch, lr, resume=0):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     arguments = [str(folder), str(steps), str(batch), str(lr), str(resume)]
     processes = [
         subprocess.Popen(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import WORDS, copy_tree
+from conftest import WORDS, copy_tree, free_port
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -345,6 +345,32 @@ def test_ctrl_c_and_kill_cost_nothing(arguments, tmp_path):
         json.loads((tmp_path / run / "training_summary.json").read_text())["sts_dev_curve"] for run in ("whole", "out")
     ]
     assert curves[0] == curves[1]
+
+
+def test_the_script_runs_on_two_processes(arguments, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    flags = arguments(**{"max-steps": 4, "eval-steps": 2, "gather-across-devices": True})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, str(ROOT / "training" / "train_flickr.py"), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-9000:]
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert (summary["processes"], summary["steps"]) == (2, 4)
+    assert result.stdout.count("STS-B test of the best") == 1
+    SentenceTransformer(str(tmp_path / "out"), device="cpu")
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path):

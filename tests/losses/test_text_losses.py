@@ -25,6 +25,15 @@ def test_simcse(student):
     assert loss.compute_loss_from_embeddings(views, image, text) == loss.compute_loss_from_embeddings(views)
 
 
+def test_the_released_margin_on_the_negatives(student):
+    views, image, text = batch()
+    for loss in (SimCSELoss(student, negative_margin=0.15), MCSELoss(student, text_margin=0.15, teacher_dim=T)):
+        loss.heads.double()
+        heads = [slow.head(loss.heads["text"], view) for view in views]
+        expected = slow.adap_acse(*heads, torch.zeros(N, N), 0.15, 0.05)
+        torch.testing.assert_close(loss.compute_loss_from_embeddings(views, image, text)["text"], expected)
+
+
 def test_simcse_without_a_head_is_the_stock_loss(student, sentences):
     loss = SimCSELoss(student)
     loss.heads["text"] = torch.nn.Identity()
