@@ -252,6 +252,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if state.is_main_process:
         trainer.save_model(str(options.output_dir))
+        (options.output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
         if evaluator and last is not None:
             _copy_model(last, options.output_dir / _LAST)
         summary = _summary(options, trainer, run, inputs, seconds)
@@ -321,7 +322,7 @@ def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, processes: Part
     file = checkpoint / "trainer_state.json"
     state = TrainerState.load_from_json(str(file))
     best = state.best_model_checkpoint and checkpoint.with_name(Path(state.best_model_checkpoint).name)
-    if best and processes.is_main_process:  # the directory may have been moved
+    if best and str(best) != state.best_model_checkpoint and processes.is_main_process:  # the run was moved
         state.best_model_checkpoint = str(best)
         state.save_to_json(str(file))
     processes.wait_for_everyone()
