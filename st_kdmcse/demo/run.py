@@ -21,9 +21,9 @@ TEACHER_DIR = Path(__file__).with_name("teacher")
 _SCENES = 1200
 _CAPTIONS = 3
 _SENTENCES = 4000
-_DEV_PAIRS = 300
-_TEST_PAIRS = 1000
-_STEPS = 40
+_DEV_PAIRS = 200
+_TEST_PAIRS = 600
+_STEPS = 30
 _BATCH_SIZE = 32
 # In so short a run the pairs must count: every other batch is one of them, at full weight.
 _CONFIG = {"multimodal_weight": 1.0, "image_threshold": "auto", "text_threshold": "auto"}
@@ -78,8 +78,8 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
                 output_dir=output_dir / method,
                 max_steps=_STEPS,
                 batch_size=_BATCH_SIZE,
-                lr=1e-4,
-                eval_steps=_STEPS // 4,
+                lr=1.5e-4,
+                eval_steps=max(1, _STEPS // 3),
                 seed=seed,
             )
         )
