@@ -11,7 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
 
 from st_kdmcse import FeatureStore, build_student
 
@@ -60,6 +60,25 @@ def tiny_bert(tmp_path_factory) -> Path:
     )
     torch.manual_seed(0)
     BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory, tiny_bert) -> Path:
+    """The same for RoBERTa, of random weights and with 39 positions for tokens: the first one is padding's."""
+    folder = tmp_path_factory.mktemp("tiny-roberta")
+    tokenizer = BertTokenizerFast.from_pretrained(tiny_bert)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=40,
+        pad_token_id=0,
+    )
+    RobertaModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

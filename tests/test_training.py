@@ -131,23 +131,9 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
     assert config["text_soft_label"] == "image-image"
 
 
-@pytest.mark.parametrize(("bert", "expected"), [(True, (64, 3e-5)), (False, (128, 1e-5))])
-def test_defaults_follow_the_encoder(arguments, tmp_path, data, bert, expected, tiny_bert):
-    model = copy_tree(tiny_bert, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    if not bert:  # a BERT that calls itself RoBERTa would not load; a real one of random weights does
-        from transformers import RobertaConfig, RobertaModel
-
-        roberta = RobertaConfig(
-            vocab_size=config["vocab_size"],
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=40,
-            pad_token_id=0,
-        )
-        RobertaModel(roberta).save_pretrained(model)
+@pytest.mark.parametrize(("encoder", "expected"), [("tiny_bert", (64, 3e-5)), ("tiny_roberta", (128, 1e-5))])
+def test_defaults_follow_the_encoder(request, tmp_path, data, encoder, expected):
+    model = request.getfixturevalue(encoder)
     options = TrainingOptions(
         model=str(model), text=data / "text.txt", method="simcse", eval_steps=0, max_steps=1, output_dir=tmp_path / "o"
     )
