@@ -1,0 +1,101 @@
+"""Images on disk, in the slices of tar files or in memory, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """An image inside of a larger file, such as an uncompressed tar.
+
+    Attributes:
+        path: the larger file.
+        offset: first byte of the image.
+        size: bytes of the image.
+        name: the image's name, for messages.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.name}"
+
+
+ImageSource: TypeAlias = "Path | FileSlice | bytes"
+"""Where an image is; small enough to be handed to a worker process, except for ``bytes``."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read.
+
+    Attributes:
+        kind: "no image file", "empty image file", "decompression bomb" or "undecodable image".
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def load_image(source: ImageSource | str) -> Image.Image:
+    """Decode an image completely.
+
+    Args:
+        source: a file, a slice of one, or the encoded bytes.
+
+    Returns:
+        The image in its own mode (RGB, L, P, CMYK, ...), every pixel of it read.
+
+    Raises:
+        ImageError: if there is no file, it is empty, cut off or no image, or it has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb); names the file.
+    """
+    from PIL import Image
+
+    name = "the image" if isinstance(source, bytes) else str(source)
+    encoded = _read(source, name)
+    if not encoded:
+        raise ImageError("empty image file", f"{name} is empty (0 bytes): copy it again, or leave it out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            image: Image.Image = Image.open(io.BytesIO(encoded))
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}"
+            )
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise ImageError("decompression bomb", f"{name} is too large an image ({error}): scale it down") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
+        # What PIL's decoders raise for broken files is not documented, and is more than OSError.
+        raise ImageError("undecodable image", f"{name} cannot be decoded ({error}): replace it") from error
+    return image
+
+
+def _read(source: ImageSource | str, name: str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        if isinstance(source, FileSlice):
+            with source.path.open("rb") as file:
+                file.seek(source.offset)
+                return file.read(source.size)
+        return Path(source).read_bytes()
+    except OSError as error:
+        kind = "no image file" if isinstance(error, FileNotFoundError) else "undecodable image"
+        raise ImageError(kind, f"{name} cannot be read ({error.strerror or error})") from error

@@ -1,0 +1,285 @@
+"""What all readers of image-caption data share: records, bad rows, choosing captions and subsets, the summary."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from st_kdmcse.data.images import ImageSource
+from st_kdmcse.data.seen import Seen
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+
+_LISTED = 100
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image with its captions; unpacks into image id, image and captions.
+
+    Attributes:
+        image_id: unique in its data set, such as the file name.
+        image: the file, a slice of a tar or the encoded bytes; None if the reader was given no images.
+        captions: at least one, exactly as published.
+        where: file and row that the record comes from, for messages.
+    """
+
+    image_id: str
+    image: ImageSource | None
+    captions: tuple[str, ...]
+    where: str = ""
+
+    def __iter__(self) -> Iterator[str | ImageSource | tuple[str, ...] | None]:
+        yield from (self.image_id, self.image, self.captions)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bad row.
+
+    Attributes:
+        kind: such as "no caption", "no image file", "undecodable image", "duplicate id", "wrong columns", "encoding".
+        where: file and row.
+        message: what is wrong there, and the remedy.
+    """
+
+    kind: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class BadRowError(ValueError):
+    """A bad row, where ``on_error`` is "raise"; the message names file and row.
+
+    Attributes:
+        problem: the row.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@dataclass
+class Problems:
+    """Bad rows: all counted, by kind, and the first 100 listed.
+
+    Attributes:
+        on_error: "raise" raises :class:`BadRowError` at the first, "skip" counts, lists and goes on.
+        counts: how many of each kind.
+        listed: the first ones.
+    """
+
+    on_error: OnError = "raise"
+    counts: Counter[str] = field(default_factory=Counter)
+    listed: list[Problem] = field(default_factory=list)
+
+    def add(self, kind: str, where: str, message: str) -> None:
+        """Count a bad row, or raise."""
+        problem = Problem(kind, where, message)
+        if self.on_error == "raise":
+            raise BadRowError(problem)
+        self.counts[kind] += 1
+        if len(self.listed) < _LISTED:
+            self.listed.append(problem)
+
+
+@dataclass(frozen=True)
+class ReaderSummary:
+    """What a pass over a data set found.
+
+    Attributes:
+        images: good ones.
+        captions: of the good images.
+        problems: bad rows, by kind and by place.
+    """
+
+    images: int
+    captions: int
+    problems: Problems
+
+    def __str__(self) -> str:
+        lines = [f"{self.images:,} images, {self.captions:,} captions"]
+        lines += [f"{count:,} x {kind}" for kind, count in sorted(self.problems.counts.items())]
+        lines += [f"  {problem}" for problem in self.problems.listed[:10]]
+        return "\n".join(lines)
+
+
+class ImageCaptionReader(ABC):
+    """An iterable of :class:`Record`, read from the files as their publisher ships them.
+
+    Each iteration reads anew. A bad row never shifts others: a record is made from one row, or from the rows that name
+    its image.
+
+    Args:
+        captions_per_image: draw at most this many captions of each image, without replacement (1 is the setting of
+            MCSE, and of Appendix B); None takes all, as KDMCSE does.
+        limit: draw that many images at random, keeping their order; None takes all.
+        seed: of both draws.
+        on_error: "raise" stops at the first bad row, "skip" leaves bad rows out; they are counted in
+            :attr:`problems`.
+
+    Attributes:
+        problems: the bad rows of the last iteration.
+
+    Raises:
+        ValueError: for an option out of range.
+    """
+
+    num_images: int | None = None
+    """Number of images, before bad ones are left out; None if it is not known without reading everything."""
+
+    streaming: bool = False
+    """Whether a pass over the data is long: then nothing but the iteration itself should make one."""
+
+    def __init__(
+        self,
+        *,
+        captions_per_image: int | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        for name, value in (("captions_per_image", captions_per_image), ("limit", limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+        self.captions_per_image = captions_per_image
+        self.limit = limit
+        self.seed = seed
+        self.problems = Problems(on_error)
+        self._threshold: int | None = None
+
+    @abstractmethod
+    def _records(self) -> Iterator[Record]:
+        """All records in the order of the files, whether or not the image file is there.
+
+        Bad rows go to ``self.problems.add(kind, where, message)``, which raises or lets the reader go on without them.
+        Images that come twice may be yielded twice: the second one is left out by the caller.
+        """
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.records()
+
+    def __len__(self) -> int:
+        """Number of images, before bad ones are left out.
+
+        Raises:
+            TypeError: if it is not known without reading everything.
+        """
+        if self.num_images is None:
+            raise TypeError(f"the number of images of a {type(self).__name__} is not known before it is read")
+        return self.num_images if self.limit is None else min(self.limit, self.num_images)
+
+    def records(self, check_files: bool = True) -> Iterator[Record]:
+        """The good records.
+
+        Args:
+            check_files: look whether each image file is there and not empty; without it that shows when the image is
+                read.
+        """
+        self.problems = Problems(self.problems.on_error)
+        if self.limit is not None and self._threshold is None:
+            self._threshold = self._find_threshold(self.limit)
+        for record in self._unique():
+            if self._threshold is not None and self._hash(record.image_id) > self._threshold:
+                continue
+            if check_files and not self._file_is_there(record):
+                continue
+            yield self._with_drawn_captions(record)
+
+    def summary(self, show_progress_bar: bool | None = None) -> ReaderSummary:
+        """Read everything but the images themselves, and count.
+
+        Args:
+            show_progress_bar: None shows one in a terminal if it takes more than two seconds.
+        """
+        reader = copy.copy(self)
+        reader.problems = Problems("skip")
+        images = captions = 0
+        progress = tqdm(
+            reader.records(),
+            desc="Checking the data set",
+            unit=" images",
+            total=None if self.num_images is None else len(self),
+            delay=2 if show_progress_bar is None else 0,
+            disable=None if show_progress_bar is None else not show_progress_bar,
+        )
+        for record in progress:
+            images += 1
+            captions += len(record.captions)
+        return ReaderSummary(images, captions, reader.problems)
+
+    def _unique(self) -> Iterator[Record]:
+        with Seen() as seen:
+            for record in self._records():
+                if seen.add(record.image_id):
+                    yield record
+                else:
+                    self.problems.add(
+                        "duplicate id", record.where, f"image {record.image_id!r} came before: give each image once"
+                    )
+
+    def _file_is_there(self, record: Record) -> bool:
+        if not isinstance(record.image, Path):
+            return True
+        try:
+            size = record.image.stat().st_size if record.image.is_file() else None
+        except OSError:
+            size = None
+        if size:
+            return True
+        kind, what = ("no image file", "does not exist") if size is None else ("empty image file", "has 0 bytes")
+        self.problems.add(kind, record.where, f"the image {record.image} {what}: add it, or leave its rows out")
+        return False
+
+    def _with_drawn_captions(self, record: Record) -> Record:
+        count = len(record.captions)
+        if self.captions_per_image is None or count <= self.captions_per_image:
+            return record
+        # Seeded by the image: the draw does not depend on what was read before.
+        drawn = random.Random(f"{self.seed}:{record.image_id}").sample(range(count), self.captions_per_image)
+        return replace(record, captions=tuple(record.captions[position] for position in sorted(drawn)))
+
+    def _hash(self, image_id: str) -> int:
+        key = f"{self.seed}:{image_id}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+    def _find_threshold(self, limit: int) -> int | None:
+        """The ``limit``-th smallest hash: the images up to it are a random subset, found without keeping ids.
+
+        Bad rows are left to the reading proper.
+        """
+        reader = copy.copy(self)
+        reader.limit, reader.problems = None, Problems("skip")
+        smallest = np.empty(0, dtype=np.uint64)
+        pending: list[int] = []
+        progress = tqdm(reader._unique(), desc="Drawing a subset", unit=" images", delay=2, disable=None)
+        for record in progress:
+            pending.append(self._hash(record.image_id))
+            if len(pending) >= max(limit, 65_536):
+                smallest, pending = _smallest(smallest, pending, limit), []
+        smallest = _smallest(smallest, pending, limit)
+        return int(smallest.max()) if len(smallest) == limit else None
+
+
+def _smallest(kept: np.ndarray, new: list[int], count: int) -> np.ndarray:
+    values = np.concatenate([kept, np.array(new, dtype=np.uint64)])
+    return values if len(values) <= count else np.partition(values, count - 1)[:count]
