@@ -1,6 +1,7 @@
 """Sentence encoders trained with knowledge from CLIP: KDMCSE and its relatives for sentence-transformers."""
 
 from st_kdmcse import functional
+from st_kdmcse.attach import attach_features
 from st_kdmcse.collator import KDMCSEDataCollator
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, FeatureStoreWriter, import_released_json, read_sentences
@@ -25,6 +26,7 @@ __all__ = [
     "MultimodalInputExample",
     "SimCSELoss",
     "StepRatioBatchSampler",
+    "attach_features",
     "build_student",
     "check_examples",
     "fit_objectives",

@@ -11,6 +11,7 @@ from sentence_transformers import InputExample
 
 if TYPE_CHECKING:
     from st_kdmcse.data.store import FeatureStore
+    from st_kdmcse.teachers.base import TeacherImage
 
 
 class MultimodalInputExample(InputExample):
@@ -26,6 +27,8 @@ class MultimodalInputExample(InputExample):
         text_features: (T,) features of the caption, from the same teacher.
         row: instead of the features, the caption's row in the :class:`~st_kdmcse.FeatureStore` that the loss holds.
         guid: an identifier that error messages repeat.
+        image: the image itself, a file or a PIL image, of which :func:`~st_kdmcse.attach.attach_features` makes the
+            features; nothing else reads it.
 
     Example:
         >>> MultimodalInputExample(texts=["Two dogs run ."], row=7).label
@@ -39,12 +42,14 @@ class MultimodalInputExample(InputExample):
         text_features: npt.ArrayLike | None = None,
         row: int | None = None,
         guid: str = "",
+        image: TeacherImage | None = None,
     ) -> None:
         self.texts = texts
         self.image_features = image_features
         self.text_features = text_features
         self.row = row
         self.guid = guid
+        self.image = image
 
     @property
     def label(self) -> npt.NDArray[Any]:
@@ -62,8 +67,9 @@ class MultimodalInputExample(InputExample):
 
     def problem(self) -> str | None:
         """What is wrong with the example, None if nothing is."""
-        if isinstance(self.texts, str) or len(self.texts) != 1 or not isinstance(self.texts[0], str):
-            return f"texts must be a list of one string, got {self.texts!r}"
+        text_problem = self.text_problem()
+        if text_problem:
+            return text_problem
         halves = {"image_features": self.image_features, "text_features": self.text_features}
         if self.row is not None:
             if any(half is not None for half in halves.values()):
@@ -72,6 +78,8 @@ class MultimodalInputExample(InputExample):
                 return f"row must be a whole number >= 0, got {self.row!r}"
             return None
         for name, half in halves.items():
+            if half is None and self.image is not None:
+                return f"{name} is missing: call attach_features(examples, teacher) first"
             if half is None:
                 return f"{name} is missing (a teacher gives both; or give row)"
             array = np.asarray(half)
@@ -84,6 +92,12 @@ class MultimodalInputExample(InputExample):
         widths = [np.asarray(half).size for half in halves.values()]
         if widths[0] != widths[1]:
             return f"image_features have {widths[0]} dimensions, text_features {widths[1]}"
+        return None
+
+    def text_problem(self) -> str | None:
+        """What is wrong with ``texts``, None if nothing is."""
+        if isinstance(self.texts, str) or len(self.texts) != 1 or not isinstance(self.texts[0], str):
+            return f"texts must be a list of one string, got {self.texts!r}"
         return None
 
     def __str__(self) -> str:

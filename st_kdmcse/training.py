@@ -28,8 +28,10 @@ from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerSta
 from st_kdmcse import __version__
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
+from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.losses import KDMCSELoss, MCSELoss, SimCSELoss
 from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.processes import cpu_only, processes
 from st_kdmcse.student import build_student
 from st_kdmcse.trainer import KDMCSETrainer
 
@@ -52,7 +54,7 @@ _STATE_FILES = (
 
 # Options that may differ between a run and its resumption: they do not change what is computed, or (text, features)
 # their content is compared.
-_FREE_TO_CHANGE = {"resume", "report_to", "output_dir", "workers", "text", "features", "eval_data"}
+_FREE_TO_CHANGE = {"resume", "report_to", "output_dir", "workers", "text", "features", "extraction", "eval_data"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,7 +68,9 @@ class TrainingOptions:
     Args:
         model: hub name or folder of the encoder to start from.
         text: file of sentences, one a line.
-        features: a feature store directory, or a JSON file of the KDMCSE authors' format.
+        features: a feature store directory, or a JSON file of the KDMCSE authors' format; with ``extraction``, where
+            the store goes if it is not there yet (None is a folder of ``output_dir``).
+        extraction: the image-caption data set and the teacher that features come from.
         recipe: the paper's choices or those of its released code.
         method: a name of :data:`METHODS`.
         config: options of :class:`KDMCSEConfig` that differ from the recipe.
@@ -91,6 +95,7 @@ class TrainingOptions:
     model: str = "bert-base-uncased"
     text: Path | None = None
     features: Path | None = None
+    extraction: ExtractionOptions | None = None
     recipe: Literal["paper", "released"] = "paper"
     method: str = "kdmcse"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -127,9 +132,12 @@ class TrainingOptions:
         unread = [f"--{name.replace('_', '-')}" for name in self.config if name not in METHODS[self.method].reads]
         if unread:
             raise ValueError(f"method {self.method} has no option {', '.join(sorted(unread))}")
-        if METHODS[self.method].needs_features and self.features is None:
-            raise ValueError(f"method {self.method} learns from teacher features: give --features STORE")
-        if self.text is None and self.features is None:
+        has_features = self.features is not None or self.extraction is not None
+        if METHODS[self.method].needs_features and not has_features:
+            raise ValueError(
+                f"method {self.method} learns from teacher features: give --features STORE, or --captions and --images"
+            )
+        if self.text is None and not has_features:
             raise ValueError("there is nothing to train on: give --text FILE, --features STORE, or both")
         if self.bf16 and not torch.cuda.is_available():
             raise ValueError("bf16 needs a GPU; on a CPU it is about 100 times slower than float32")
@@ -215,7 +223,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
         ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
-    state = PartialState(cpu=_cpu_only())
+    state = processes()
     # The cheap checks first: a conversion of features may take an hour.
     if state.is_main_process:
         _check_output_dir(options)
@@ -293,7 +301,8 @@ class _Inputs:
     def load(cls, options: TrainingOptions, state: PartialState) -> _Inputs:
         for name in ("text", "features"):
             path = getattr(options, name)
-            if path is not None and not path.exists():
+            made = name == "features" and options.extraction is not None
+            if path is not None and not path.exists() and not made:
                 raise FileNotFoundError(f"--{name} {path} does not exist")
         dev = test = None
         if options.eval_steps:
@@ -304,9 +313,8 @@ class _Inputs:
         if options.text is not None:
             sources["text"] = read_sentences(options.text)
             checksums["text"] = sha256_file(options.text)
-        if options.features is not None:
-            with state.main_process_first():
-                store = _open_features(options)
+        if options.features is not None or options.extraction is not None:
+            store = _open_features(options, state)
             if state.is_main_process:
                 store.verify()
             sources["pairs"] = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
@@ -314,7 +322,7 @@ class _Inputs:
         return cls(sources, store, dev, test, checksums)
 
 
-def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, processes: PartialState) -> None:
+def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, ranks: PartialState) -> None:
     """Train, from a checkpoint if there is one; from the last one of a run, which was killed later, do not train."""
     if checkpoint is None:
         trainer.train()
@@ -322,10 +330,10 @@ def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, processes: Part
     file = checkpoint / "trainer_state.json"
     state = TrainerState.load_from_json(str(file))
     best = state.best_model_checkpoint and checkpoint.with_name(Path(state.best_model_checkpoint).name)
-    if best and str(best) != state.best_model_checkpoint and processes.is_main_process:  # the run was moved
+    if best and str(best) != state.best_model_checkpoint and ranks.is_main_process:  # the run was moved
         state.best_model_checkpoint = str(best)
         state.save_to_json(str(file))
-    processes.wait_for_everyone()
+    ranks.wait_for_everyone()
     if state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
@@ -333,30 +341,40 @@ def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, processes: Part
         trainer.load_checkpoint(best or checkpoint)
 
 
-def _open_features(options: TrainingOptions) -> FeatureStore:
+def _open_features(options: TrainingOptions, state: PartialState) -> FeatureStore:
+    made = options.output_dir / _FEATURES
+    if options.extraction is not None:
+        path = options.features or made
+        report = extract_dataset(options.extraction, path)
+        if state.is_main_process:
+            logger.warning("features: %s", report)
+        return FeatureStore.open(path)
     path = Path(options.features or "")
     if path.is_dir():
         return FeatureStore.open(path)
-    imported = options.output_dir / _FEATURES
-    if imported.exists():  # only when resuming: the output directory was empty otherwise
-        return FeatureStore.open(imported)
-    return import_released_json(path, imported)
+    with state.main_process_first():
+        if made.exists():  # only when resuming: the output directory was empty otherwise
+            return FeatureStore.open(made)
+        return import_released_json(path, made)
 
 
 def _check_output_dir(options: TrainingOptions) -> None:
     output_dir = options.output_dir
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file")
+    found = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    if options.extraction is not None and found and all(name.startswith(_FEATURES) for name in found):
+        return  # an extraction that was interrupted or finished, and no training yet
     if options.resume:
-        if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / _RUN_NAME).is_file():
+        if found and not (output_dir / _RUN_NAME).is_file():
             raise ValueError(f"--output-dir {output_dir} holds no run to resume: there is no {_RUN_NAME} in it")
         if (output_dir / SUMMARY_NAME).is_file():
             raise ValueError(f"the run in {output_dir} is finished: its results are in {output_dir / SUMMARY_NAME}")
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
+    elif found:
         remedy = "choose another directory"
         if (output_dir / _RUN_NAME).is_file():
             remedy = f"add --resume to go on with it, or {remedy}"
-        elif [path.name for path in output_dir.iterdir()] == [_FEATURES]:
+        elif found == {_FEATURES}:
             remedy = f"move the converted features in it away and give them as --features, or {remedy}"
         raise ValueError(f"--output-dir {output_dir} is not empty: {remedy}")
 
@@ -365,7 +383,7 @@ def _claim(
     options: TrainingOptions, inputs: _Inputs, arguments: SentenceTransformerTrainingArguments
 ) -> dict[str, Any]:
     """The record of the run; a resumed one must have been started with the same options and data."""
-    described = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    described = json.loads(json.dumps(asdict(options), default=str))
     run: dict[str, Any] = {
         "options": described,
         "processes": arguments.world_size,
@@ -424,7 +442,7 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         max_grad_norm=1.0,
         bf16=(cuda and torch.cuda.is_bf16_supported()) if options.bf16 is None else options.bf16,
         seed=options.seed,
-        use_cpu=_cpu_only(),
+        use_cpu=cpu_only(),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps if evaluates else None,
         save_strategy="steps",
@@ -438,11 +456,6 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=cuda,
     )
-
-
-def _cpu_only() -> bool:
-    """Whether to say that there is only a CPU: accelerate does not distribute over one otherwise."""
-    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def sts_evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:
@@ -477,6 +490,7 @@ def _summary(
         "steps": trainer.state.global_step,
         "seed": options.seed,
         "data_sha256": inputs.checksums,
+        "teacher": inputs.store.teacher if inputs.store else None,
         "sts_dev_before": run.get("score_before"),
         "sts_dev_curve": curve,
         "sts_dev_best": best,

@@ -1,8 +1,6 @@
 """Fixtures that several test modules share."""
 
 import os
-import shutil
-import socket
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the network
@@ -11,6 +9,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import pytest
 import torch
+from helpers import WORDS, data_folder
+from photo_set import IMAGES, make_images
 from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
 
 from st_kdmcse import FeatureStore, build_student
@@ -19,29 +19,28 @@ from st_kdmcse import FeatureStore, build_student
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real data sets; a test that needs it is skipped where it is absent."""
-    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-    folder = Path(os.environ.get("ST_KDMCSE_DATA", default))
+    folder = data_folder()
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set ST_KDMCSE_DATA")
     return folder
 
 
-collect_ignore = ["distributed_worker.py"]
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> list[Path]:
+    """12 image files of several sizes: photographs where there is real data, else generated ones."""
+    real = sorted((data_folder() / "flickr8k" / "Images").glob("*.jpg"))[:12]
+    if real:
+        return real
+    image_module = pytest.importorskip("PIL.Image")
+    generator = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(12):
+        small = image_module.fromarray(generator.integers(0, 256, size=(6, 6, 3), dtype=np.uint8))
+        small.resize((90 + 10 * number, 120)).save(folder / f"{number:02d}.jpg")
+    return sorted(folder.iterdir())
 
 
-def copy_tree(source: Path, target: Path) -> Path:
-    """A copy of a folder, so that a test may change it."""
-    return Path(shutil.copytree(source, target))
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-WORDS = "a the two dog dogs man woman child runs plays sits on in of grass beach ball red blue small large snow".split()
+collect_ignore = ["distributed_worker.py", "killed_worker.py"]
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +80,30 @@ def tiny_roberta(tmp_path_factory, tiny_bert) -> Path:
     RobertaModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_open_clip(tmp_path_factory) -> Path:
+    """Folder of a small, randomly initialised open_clip model, to be named ``local-dir:FOLDER``."""
+    pytest.importorskip("open_clip")
+    from teacher_models import make_tiny_open_clip
+
+    return make_tiny_open_clip(tmp_path_factory.mktemp("open-clip") / "tiny-open-clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """Folder of a small, randomly initialised ``CLIPModel``."""
+    pytest.importorskip("torchvision")
+    from teacher_models import make_tiny_clip
+
+    return make_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def photo_set(tmp_path_factory) -> Path:
+    """A data set of 45 real image files with 90 captions, in the layout of Flickr8k; not to be changed."""
+    return make_images(tmp_path_factory.mktemp("photo-set") / "set", IMAGES)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_tree, free_port
+from helpers import copy_tree, free_port
 
 from st_kdmcse import KDMCSEConfig, KDMCSELoss
 

@@ -46,6 +46,15 @@ BAD = {
 }
 
 
+def test_an_example_with_an_image_is_told_to_attach_features():
+    example = MultimodalInputExample(texts=["A dog runs ."], image="dog.jpg")
+    with pytest.raises(ValueError, match=r"example 0 .*image_features is missing: call attach_features\(examples"):
+        check_examples([example])
+    with pytest.raises(ValueError, match="text_features is missing: call attach_features"):
+        _ = by_value(image="dog.jpg", text_features=None).label
+    assert by_value(image="dog.jpg").label.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_example_is_refused_by_position_and_when_read(name):
     example, message = BAD[name]

@@ -1,5 +1,6 @@
 """The training script as a user runs it, on a small real encoder and small real files."""
 
+import importlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import WORDS, copy_tree, free_port
+from helpers import WORDS, copy_tree, free_port
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from st_kdmcse import FeatureStore
+from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.training import METHODS, TrainingOptions, latest_checkpoint, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -357,6 +360,74 @@ def test_the_script_runs_on_two_processes(arguments, tmp_path):
     assert (summary["processes"], summary["steps"]) == (2, 4)
     assert result.stdout.count("STS-B test of the best") == 1
     SentenceTransformer(str(tmp_path / "out"), device="cpu")
+
+
+@pytest.fixture
+def extraction(photo_set, tiny_open_clip):
+    return {
+        "features": None,
+        "captions": photo_set / "captions.txt",
+        "images": photo_set / "Images",
+        "teacher": tiny_open_clip,
+        "teacher-batch-size": 8,
+    }
+
+
+def test_features_are_extracted_first(arguments, tmp_path, extraction):
+    result = run(arguments(**extraction))
+    assert result.exit_code == 0, result.output
+    store = FeatureStore.open(tmp_path / "out" / "features", verify=True)
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert (store.num_images, len(store)) == (45, 90)
+    assert summary["data_sha256"]["features"] == store.checksum
+    assert summary["teacher"] == store.teacher
+    # Elsewhere they serve other runs; there they are not made again.
+    elsewhere = {**extraction, "features": tmp_path / "features", "max-steps": 2, "eval-steps": 2}
+    for number in (1, 2):
+        result = run(arguments(**elsewhere, **{"output-dir": tmp_path / f"run{number}"}))
+        assert result.exit_code == 0, result.output
+    assert not (tmp_path / "run2" / "features").exists()
+
+
+def test_an_interrupted_extraction_goes_on(arguments, tmp_path, photo_set, tiny_open_clip, extraction):
+    options = ExtractionOptions(
+        str(photo_set / "captions.txt"), photo_set / "Images", teacher=str(tiny_open_clip), batch_size=8, workers=0
+    )
+    extract_dataset(options, tmp_path / "out" / "features", shard=(0, 2))
+    assert (tmp_path / "out" / "features.parts").is_dir()
+    result = run(arguments(**extraction))
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out" / "features.parts").exists()
+
+
+def test_a_store_of_other_captions_is_not_trained_on(arguments, tmp_path, extraction, photo_set):
+    assert run(arguments(**extraction, **{"eval-steps": 0})).exit_code == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    other = {**extraction, "features": tmp_path / "out" / "features", "output-dir": tmp_path / "other", "limit": 9}
+    result = run(arguments(**other))
+    assert result.exit_code == 2
+    assert "limit None instead of 9" in result.output
+
+
+def test_extraction_options_without_captions_are_refused(arguments, tmp_path):
+    result = run(arguments(images=tmp_path, teacher="ViT-B-32"))
+    assert result.exit_code == 2
+    assert "--images, --teacher: only with --captions" in result.output
+
+
+@pytest.mark.parametrize(("script", "weight", "limit"), [("coco", 0.05, None), ("cc12m", 0.01, 1_000_000)])
+def test_other_data_sets_are_other_defaults(arguments, tmp_path, extraction, script, weight, limit):
+    command = importlib.import_module(f"train_{script}").main
+    result = CliRunner().invoke(command, arguments(**extraction))
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert summary["config"]["multimodal_weight"] == weight
+    assert summary["options"]["extraction"]["limit"] == limit
+    flags = arguments(**{"output-dir": tmp_path / "own", "multimodal-weight": 0.2})
+    assert CliRunner().invoke(command, flags).exit_code == 0
+    assert json.loads((tmp_path / "own" / "training_summary.json").read_text())["config"]["multimodal_weight"] == 0.2
+    flags = arguments(**{"output-dir": tmp_path / "text", "method": "simcse"})
+    assert CliRunner().invoke(command, flags).exit_code == 0
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path):

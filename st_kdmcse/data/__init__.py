@@ -1,20 +1,50 @@
 """Reading and keeping data: sentences, teacher features with their captions, STS pairs."""
 
 from st_kdmcse.data.files import sha256_file
+from st_kdmcse.data.inspection import StoreReport, inspect_store
+from st_kdmcse.data.readers import (
+    BadRowError,
+    CaptionsCSV,
+    CaptionTable,
+    Coco,
+    FlickrCSV,
+    FlickrTokens,
+    HubDataset,
+    ImageCaptionReader,
+    Karpathy,
+    Record,
+    WebDataset,
+    open_captions,
+)
 from st_kdmcse.data.released import import_released_json
-from st_kdmcse.data.sentences import read_sentences
+from st_kdmcse.data.sentences import iter_sentences, read_sentences
 from st_kdmcse.data.store import FeatureBatch, FeatureStore
 from st_kdmcse.data.sts import STSPairs, load_sts_benchmark
 from st_kdmcse.data.thresholds import true_pair_score
 from st_kdmcse.data.writer import FeatureStoreWriter
 
 __all__ = [
+    "BadRowError",
+    "CaptionTable",
+    "CaptionsCSV",
+    "Coco",
     "FeatureBatch",
     "FeatureStore",
     "FeatureStoreWriter",
+    "FlickrCSV",
+    "FlickrTokens",
+    "HubDataset",
+    "ImageCaptionReader",
+    "Karpathy",
+    "Record",
     "STSPairs",
+    "StoreReport",
+    "WebDataset",
     "import_released_json",
+    "inspect_store",
+    "iter_sentences",
     "load_sts_benchmark",
+    "open_captions",
     "read_sentences",
     "sha256_file",
     "true_pair_score",

@@ -96,6 +96,8 @@ def _read(source: ImageSource | str, name: str) -> bytes:
                 file.seek(source.offset)
                 return file.read(source.size)
         return Path(source).read_bytes()
-    except OSError as error:
-        kind = "no image file" if isinstance(error, FileNotFoundError) else "undecodable image"
-        raise ImageError(kind, f"{name} cannot be read ({error.strerror or error})") from error
+    except FileNotFoundError as error:
+        raise ImageError("no image file", f"{name} does not exist: add it, or leave it out") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError("undecodable image", f"{name} cannot be read ({reason}): replace it") from error

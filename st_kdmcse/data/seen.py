@@ -28,7 +28,7 @@ class Seen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._database.close()
+        self.close()
 
     def add(self, value: str) -> bool:
         """Remember a string; True if it is new."""
@@ -36,3 +36,7 @@ class Seen:
         digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._database.close()

@@ -2,62 +2,180 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import io
+import json
 import logging
+import os
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
+from datasets import config as datasets_config
 
-from st_kdmcse.data.files import sha256_file
+from st_kdmcse.data.files import byte_progress, sha256_file
+from st_kdmcse.data.seen import Seen
 
 logger = logging.getLogger(__name__)
 
-_LINES_PER_CHUNK = 65_536
+_IN_MEMORY_BYTES = 1 << 26
+_CHUNK_ROWS = 1 << 16
+_CHUNK_CHARACTERS = 1 << 24
+_LINE_BYTES = 1 << 24
+_PARQUET_ROWS = 1 << 13
+_BUFFER_BYTES = 1 << 20
+_CACHE_VERSION = 1  # counted up when the same file would give other sentences
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_sentences(path: str | Path) -> Dataset:
-    """Read a UTF-8 text file with one sentence a line.
+def read_sentences(
+    path: str | Path,
+    column: str | None = None,
+    deduplicate: bool = False,
+    cache_dir: str | Path | None = None,
+    show_progress_bar: bool | None = None,
+) -> Dataset:
+    """Read a file with one sentence a line, or a row.
 
-    A byte order mark and Windows line ends are tolerated, blank lines are skipped (their number is logged), and a
-    sentence is kept as it is apart from surrounding whitespace. The sentences are held in one Arrow column, which takes
-    about as much memory as the file is long.
+    The file is UTF-8 text under any name, the same compressed (``.gz``), or a table (``.parquet``). A byte order mark
+    and Windows line ends are tolerated, blank lines and missing values are skipped (their number is logged), and a
+    sentence is kept as it is apart from surrounding whitespace.
+
+    Text of up to 64 MiB is held in memory. Anything else is read once, in chunks, into an Arrow file in ``cache_dir``,
+    which is memory-mapped: neither reading nor keeping the dataset takes memory that grows with the file. The Arrow
+    file takes about as much disk as the text. It is found again by the SHA-256 of the source, so it may be deleted at
+    any time that no dataset uses it, and it is written again when it is damaged.
 
     Args:
-        path: the text file.
+        path: the file.
+        column: of a table, which column holds the sentences; None takes the only column of strings, or else the one
+            named ``sentence``, or else ``text``.
+        deduplicate: leave out sentences that came before (the number is logged).
+        cache_dir: folder for Arrow files; None is ``st_kdmcse`` in the cache of ``datasets`` (``HF_DATASETS_CACHE``).
+        show_progress_bar: None shows one in a terminal if it takes more than two seconds.
 
     Returns:
-        A dataset with the column ``sentence``.
+        A dataset with the column ``sentence``. Its fingerprint depends on the file's content and the options alone.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, has no sentence, is binary or is not UTF-8; names the line.
+        ValueError: if it is a folder, has no sentence, is damaged, binary or not UTF-8 (names the line or row), has no
+            such column or no obvious one, or if the cache cannot be written.
     """
     path = Path(path)
+    column = _checked_column(path, column)
+    size = path.stat().st_size
+    with byte_progress(size, f"Checksum of {path.name}", show_progress_bar) as progress:
+        identity = [_CACHE_VERSION, sha256_file(path, progress.update), column, deduplicate]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    # The fingerprint that datasets finds here; without one it would pickle the text, or take the time of the cache.
+    schema = pa.schema([("sentence", pa.string())], {"huggingface": json.dumps({"fingerprint": key})})
+    cached = Path(cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "st_kdmcse") / f"{key}.arrow"
+
+    in_memory = size <= _IN_MEMORY_BYTES and not _is_gzip(path) and not _is_parquet(path)
+    if not in_memory and (dataset := _open_cached(cached, schema)) is not None:
+        return dataset
+    with byte_progress(size, f"Reading {path.name}", show_progress_bar) as progress:
+        batches = _batches(_sentences(path, column, deduplicate, progress.update), schema)
+        if in_memory:
+            return Dataset(pa.Table.from_batches(batches))
+        _write_cached(cached, schema, batches)
+    return Dataset.from_file(str(cached))
+
+
+def iter_sentences(path: str | Path, column: str | None = None, deduplicate: bool = False) -> Iterator[str]:
+    """The sentences of :func:`read_sentences` one by one, in bounded memory and without a cache.
+
+    Args:
+        path: the file.
+        column: of a table, which column holds the sentences, as in :func:`read_sentences`.
+        deduplicate: leave out sentences that came before.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as :func:`read_sentences`; what is wrong inside of the file shows when the iteration gets there.
+    """
+    path = Path(path)
+    return _sentences(path, _checked_column(path, column), deduplicate, on_bytes=lambda _: None)
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def _checked_column(path: Path, column: str | None) -> str | None:
+    """The column to read; None for text."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give a text file with one sentence a line")
+        raise ValueError(f"{path} is a folder: give a file with one sentence a line")
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}: give a text file with one sentence a line")
-    chunks: list[pa.Array] = []
-    lines: list[str] = []
-    blank = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            sentence = _decode(line, path, number).strip()
+        raise FileNotFoundError(f"there is no file {path}: give a file with one sentence a line")
+    if not _is_parquet(path):
+        if column is not None:
+            raise ValueError(f"{path} is read as text and has no column {column!r}: leave the column out")
+        return None
+    with _named_errors(path):
+        schema = pq.read_schema(path)
+    strings = [field.name for field in schema if _holds_strings(field.type)]
+    if column is None:
+        obvious = strings if len(strings) == 1 else [name for name in ("sentence", "text") if name in strings]
+        column = obvious[0] if obvious else None
+    if column not in strings:
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+        what = "which column holds the sentences is not clear" if column is None else f"no column {column!r} of strings"
+        raise ValueError(f"{path}: {what}; name one of its columns of strings. Its columns: {found}")
+    return column
+
+
+def _holds_strings(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _sentences(path: Path, column: str | None, deduplicate: bool, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    texts = _lines(path, on_bytes) if column is None else _rows(path, column, on_bytes)
+    unit = "lines" if column is None else "rows"
+    kept = blank = repeated = 0
+    with Seen() if deduplicate else nullcontext() as seen:
+        for text in texts:
+            sentence = text.strip()
             if not sentence:
                 blank += 1
-                continue
-            lines.append(sentence)
-            if len(lines) == _LINES_PER_CHUNK:
-                chunks.append(pa.array(lines, pa.string()))
-                lines.clear()
-    chunks.append(pa.array(lines, pa.string()))
-    column = pa.chunked_array(chunks)
-    if not len(column):
-        raise ValueError(f"{path} has no sentence: it is empty or all its lines are blank")
+            elif seen is not None and not seen.add(sentence):
+                repeated += 1
+            else:
+                kept += 1
+                yield sentence
+    if not kept:
+        raise ValueError(f"{path} has no sentence: it is empty or all its {unit} are blank")
     if blank:
-        logger.info("%s: skipped %d blank lines", path, blank)
-    # Without a fingerprint datasets would pickle all the text to make one.
-    return Dataset(pa.table({"sentence": column}), fingerprint=sha256_file(path)[:16])
+        logger.info("%s: skipped %d blank %s", path, blank, unit)
+    if repeated:
+        logger.info("%s: left out %d repeated sentences", path, repeated)
+
+
+def _lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    with _named_errors(path), path.open("rb") as file:
+        stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if _is_gzip(path) else file
+        reported = 0
+        for number, line in enumerate(iter(partial(stream.readline, _LINE_BYTES), b""), start=1):
+            yield _decode(line, path, number)
+            if number % _CHUNK_ROWS == 0:
+                on_bytes(file.tell() - reported)
+                reported = file.tell()
+        on_bytes(file.tell() - reported)
 
 
 def _decode(line: bytes, path: Path, number: int) -> str:
@@ -66,6 +184,10 @@ def _decode(line: bytes, path: Path, number: int) -> str:
             f"{path}, line {number}: a NUL byte, so this is a binary file or not UTF-8; convert it, for example with "
             "`iconv -f utf-16 -t utf-8`"
         )
+    if len(line) == _LINE_BYTES:
+        raise ValueError(
+            f"{path}, line {number}: more than {_LINE_BYTES >> 20} MiB without a line end; write one sentence a line"
+        )
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -73,3 +195,87 @@ def _decode(line: bytes, path: Path, number: int) -> str:
             f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file, "
             "for example with `iconv -f latin-1 -t utf-8`"
         ) from error
+
+
+def _rows(path: Path, column: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    """The values of a column; a missing one is empty."""
+    # With a buffer, and not ahead of time: else a whole row group is in memory, and a file may be a single one.
+    with (
+        _named_errors(path),
+        pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as file,
+    ):
+        size, rows = path.stat().st_size, file.metadata.num_rows
+        row = reported = 0
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
+            for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+                try:
+                    yield (value or b"").decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path}, row {row}, column {column!r}: not UTF-8 ({error.reason}); write the column again"
+                    ) from error
+                row += 1
+            on_bytes(size * row // rows - reported)
+            reported = size * row // rows
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is cut off, damaged or no gzip file ({error}): download or compress it again"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged or cannot be read ({error}): download or write it again") from error
+
+
+def _batches(sentences: Iterator[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    chunk: list[str] = []
+    characters = 0
+    for sentence in sentences:
+        chunk.append(sentence)
+        characters += len(sentence)
+        if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
+            yield pa.record_batch([pa.array(chunk, pa.string())], schema=schema)
+            chunk, characters = [], 0
+    if chunk:
+        yield pa.record_batch([pa.array(chunk, pa.string())], schema=schema)
+
+
+def _open_cached(cached: Path, schema: pa.Schema) -> Dataset | None:
+    """The cached sentences; None if there are none, or if what is there is cut off or something else."""
+    try:
+        with cached.open("rb") as file:
+            file.seek(-len(_END_OF_STREAM), os.SEEK_END)
+            if file.read() != _END_OF_STREAM:  # cut off between two batches, a stream reads well
+                return None
+        with pa.memory_map(str(cached)) as file, pa.ipc.open_stream(file) as stream:
+            if not stream.schema.equals(schema, check_metadata=True):
+                return None
+        return Dataset.from_file(str(cached))
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _write_cached(cached: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+    """Write under a name of its own, then rename: the cache is whole at any time, whoever else writes it."""
+    temporary = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                for batch in batches:
+                    stream.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(cached)
+    except OSError as error:
+        raise ValueError(
+            f"the sentences cannot be written to the cache {cached.parent} ({error}): give another cache_dir, or set "
+            "HF_DATASETS_CACHE to a folder with room"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

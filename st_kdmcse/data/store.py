@@ -71,8 +71,9 @@ class FeatureStore:
     ``captions.arrow``      Arrow IPC stream with the columns ``image`` (string, the image's id), ``caption`` (string),
                             ``image_row`` and ``text_row`` (int64) in record batches of at most 65,536 rows; row i of
                             the store is row i of this table. ``captions.csv`` with the same columns is read as well.
-    ``manifest.json``       format and version, teacher, dim, dtype, whether all features have norm 1, the numbers of
-                            images and rows, bytes and SHA-256 of each file, and a checksum of all that
+    ``manifest.json``       format and version, teacher, dim, dtype, whether all features have norm 1, whether images
+                            and texts share one space, the numbers of images and rows, bytes and SHA-256 of each file,
+                            and a checksum of all that
     ======================  ==========================================================================================
 
     A folder without a manifest opens too: the teacher is then "unknown", ``normalized`` is read off a sample of the
@@ -234,6 +235,11 @@ class FeatureStore:
     def normalized(self) -> bool:
         """Whether all features have norm 1."""
         return bool(self._manifest["normalized"])
+
+    @property
+    def shared_space(self) -> bool:
+        """Whether image and text features can be compared with each other: one teacher gave both."""
+        return bool(self._manifest.get("shared_space", True))
 
     @property
     def teacher(self) -> str:

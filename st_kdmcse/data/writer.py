@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -29,13 +29,14 @@ from st_kdmcse.data.layout import (
     manifest_checksum,
     off_norm,
 )
+from st_kdmcse.data.seen import Seen
 
 
 class FeatureStoreWriter:
     """Writes a :class:`FeatureStore` image by image, in bounded memory.
 
     A context manager: the store appears at ``path``, whole, when the block ends, and not at all if the block raises or
-    the process dies. Only the ids of the images and up to 65,536 captions are kept in memory.
+    the process dies. At most 65,536 captions are kept in memory.
 
     Args:
         path: folder to make; it must not exist.
@@ -43,6 +44,8 @@ class FeatureStoreWriter:
         dtype: how to store the features.
         teacher: the model that the features come from.
         normalized: whether all features have norm 1 (each is checked if so); None reads it off the features.
+        shared_space: whether image and text features can be compared with each other.
+        source: what the features were made from, for the manifest.
 
     Raises:
         FileExistsError: if there is something at ``path`` already.
@@ -63,6 +66,8 @@ class FeatureStoreWriter:
         dtype: FeatureDtype = "float16",
         teacher: str = "unknown",
         normalized: bool | None = None,
+        shared_space: bool = True,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim is {dim}, expected the width of the features")
@@ -71,9 +76,10 @@ class FeatureStoreWriter:
         self._path = Path(path).resolve()
         self._refuse_existing()
         self._dim, self._dtype, self._teacher, self._normalized = dim, np.dtype(dtype), teacher, normalized
+        self._shared_space, self._source = shared_space, source
         self._temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.tmp")
         self._all_unit = True
-        self._ids: set[str] = set()
+        self._ids = Seen()
         self._rows_written = 0
         self._pending: list[tuple[str, str, int, int]] = []
         self._images: _GrowingArray
@@ -94,6 +100,7 @@ class FeatureStoreWriter:
             if kind is None:
                 self._finish()
         finally:
+            self._ids.close()
             for file in (self._images.file, self._texts.file, self._table_file):
                 file.close()
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -112,19 +119,49 @@ class FeatureStoreWriter:
                 wrong shape, hold NaN or infinite values, overflow float16, or are not of norm 1 though
                 ``normalized=True``. Nothing of the image is written then.
         """
+        _check_captions(image_id, captions)
         name = f"image {image_id!r}"
-        if isinstance(captions, str) or not captions:
-            raise ValueError(f"{name}: no list of captions; give each image at least one caption, or leave it out")
-        for caption in captions:
-            _check_text(caption, f"{name}: caption")
-        image = self._checked(_as_array(image_feature, f"{name}: image_feature")[np.newaxis], f"{name}: image_feature")
-        texts = self._checked(_as_array(text_features, f"{name}: text_features"), f"{name}: text_features")
-        if len(texts) != len(captions):
-            raise ValueError(f"{name}: {len(captions)} captions and {len(texts)} rows of text_features")
-        self._add_id(image_id)
-        for position, caption in enumerate(captions):
-            self._add_row(image_id, caption, self._images.rows, self._texts.rows + position)
-        self._images.append(image)
+        image = _as_array(image_feature, f"{name}: image_feature")[np.newaxis]
+        texts = _as_array(text_features, f"{name}: text_features")
+        image = self._checked(image, f"{name}: image_feature")
+        self._extend([image_id], image, [captions], self._checked(texts, f"{name}: text_features"), name)
+
+    def extend(
+        self, image_ids: Sequence[str], image_features: Any, captions: Sequence[Sequence[str]], text_features: Any
+    ) -> None:
+        """Append many images and their captions at once.
+
+        Args:
+            image_ids: M ids, each new.
+            image_features: (M, T) numbers.
+            captions: for each image its captions, at least one.
+            text_features: (K, T) numbers, K captions in all, in the order of ``captions``.
+
+        Raises:
+            ValueError: as :meth:`add`; what is written then is not to be relied on.
+        """
+        if len(image_ids) != len(image_features) or len(image_ids) != len(captions):
+            raise ValueError(f"{len(image_ids)} ids, {len(image_features)} images, {len(captions)} lists of captions")
+        for image_id, of_image in zip(image_ids, captions, strict=True):
+            _check_captions(image_id, of_image)
+        if image_ids:
+            images = self._checked(np.asarray(image_features), "image_features", self._images.rows)
+            texts = self._checked(np.asarray(text_features), "text_features", self._texts.rows)
+            self._extend(image_ids, images, captions, texts, f"images {image_ids[0]!r} to {image_ids[-1]!r}")
+
+    def _extend(
+        self, image_ids: Sequence[str], images: Array, captions: Sequence[Sequence[str]], texts: Array, name: str
+    ) -> None:
+        count = sum(len(of_image) for of_image in captions)
+        if len(texts) != count:
+            raise ValueError(f"{name}: {count} captions and {len(texts)} rows of text_features")
+        text_row = self._texts.rows
+        for image_row, (image_id, of_image) in enumerate(zip(image_ids, captions, strict=True), self._images.rows):
+            self._add_id(image_id)
+            for caption in of_image:
+                self._add_row(image_id, caption, image_row, text_row)
+                text_row += 1
+        self._images.append(images)
         self._texts.append(texts)
 
     def _refuse_existing(self) -> None:
@@ -133,9 +170,8 @@ class FeatureStoreWriter:
 
     def _add_id(self, image_id: str) -> None:
         _check_text(image_id, "image id")
-        if image_id in self._ids:
+        if not self._ids.add(image_id):
             raise ValueError(f"image {image_id!r} came before: give each image once, with all its captions")
-        self._ids.add(image_id)
 
     def _add_row(self, image_id: str, caption: str, image_row: int, text_row: int) -> None:
         _check_text(caption, f"row {text_row} (image {image_id!r}): caption")
@@ -194,6 +230,8 @@ class FeatureStoreWriter:
             "dim": self._dim,
             "dtype": str(self._dtype),
             "normalized": self._all_unit if self._normalized is None else self._normalized,
+            "shared_space": self._shared_space,
+            **({} if self._source is None else {"source": dict(self._source)}),
             "images": self._images.rows,
             "rows": self._rows_written,
             "files": {
@@ -240,6 +278,15 @@ def _as_array(values: Any, name: str) -> Array:
         return np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name}: the rows have different lengths ({error})") from error
+
+
+def _check_captions(image_id: str, captions: Sequence[str]) -> None:
+    if isinstance(captions, str) or not captions:
+        raise ValueError(
+            f"image {image_id!r}: no list of captions; give each image at least one caption, or leave it out"
+        )
+    for caption in captions:
+        _check_text(caption, f"image {image_id!r}: caption")
 
 
 def _check_text(value: Any, name: str) -> None:

@@ -54,6 +54,8 @@ class GroundedLoss(TwoViewLoss):
                 f"the features at {features.path} have {features.dim} dimensions and teacher_dim is {teacher_dim}: "
                 f"pass teacher_dim={features.dim}"
             )
+        if features is not None and not features.shared_space:
+            _check_comparisons(config, modalities, features)
         self.config = _with_thresholds(config, features)
         self.modalities = tuple(modalities)
         self.teacher_dim = teacher_dim
@@ -242,6 +244,21 @@ def _sides(kind: SoftLabel, local: dict[Modality, Tensor], candidates: dict[Moda
         if name not in local:
             raise ValueError(f"the soft label {kind} needs {name}_features as well")
     return local[anchor], candidates[candidate]  # type: ignore[index]
+
+
+def _check_comparisons(config: KDMCSEConfig, modalities: Sequence[Modality], features: FeatureStore) -> None:
+    """Refuse to compare images with texts where two teachers gave the features."""
+    filters = config.filter_negatives
+    for modality in modalities:
+        read = {f"{modality}_soft_label": config.margin != 0}
+        read[f"{modality}_filter"] = filters and getattr(config, f"{modality}_threshold") is not None
+        for option, is_read in read.items():
+            kind = getattr(config, option)
+            if is_read and kind not in ("text-text", "image-image"):
+                raise ValueError(
+                    f"{option} is {kind!r}, but the images and texts of {features.path} come from two teachers "
+                    f"({features.teacher}), which cannot be compared: choose 'image-image' or 'text-text'"
+                )
 
 
 def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDMCSEConfig:

@@ -1,19 +1,44 @@
+import gzip
 import logging
+import multiprocessing
 import pickle
+import resource
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
+from datasets import config as datasets_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st_kdmcse.data import sentences as sentences_module
-from st_kdmcse.data.sentences import read_sentences
+from st_kdmcse.data.sentences import iter_sentences, read_sentences
 
 
-def write(tmp_path, content):
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """The default cache, empty."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", folder)
+    return folder / "st_kdmcse"
+
+
+def write(tmp_path, content, name="text.txt"):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return path
+
+
+def write_table(tmp_path, columns, **options):
+    path = tmp_path / "table.parquet"
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), path, **options)
+    return path
+
+
+def the_file(folder):
+    (file,) = folder.iterdir()
+    return file
 
 
 def test_real_sentences(shared_data):
@@ -57,11 +82,14 @@ def test_text_is_kept_apart_from_surrounding_whitespace(tmp_path_factory, lines,
             read_sentences(path)
 
 
-def test_many_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sentences_module, "_LINES_PER_CHUNK", 4)
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
+def test_many_chunks(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sentences_module, "_CHUNK_ROWS", 4)
     for rows in (3, 4, 5, 8, 11):
         lines = [f"sentence {row}" for row in range(rows)]
-        assert read_sentences(write(tmp_path, "\n".join(lines).encode()))["sentence"][:] == lines
+        dataset = read_sentences(write(tmp_path, "\n".join(lines).encode(), name))
+        assert dataset["sentence"][:] == lines
+        assert max(map(len, dataset.data.column("sentence").chunks)) <= 4
 
 
 def test_blank_lines_are_counted_in_the_log(tmp_path, caplog):
@@ -111,3 +139,322 @@ def test_utf_16_names_the_remedy(tmp_path, encoding):
 def test_binary_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 2: a NUL byte"):
         read_sentences(write(tmp_path, b"fine\nnot\0fine\n"))
+
+
+def test_lines_without_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sentences_module, "_LINE_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="line 2: more than 1 MiB without a line end"):
+        read_sentences(write(tmp_path, b"fine\n" + b"a" * (1 << 21)))
+
+
+# Compressed text, and what is too long for memory
+
+
+def test_a_large_file_becomes_a_memory_mapped_one_in_bounded_chunks(tmp_path, cache):
+    lines = [f"sentence {row} of some length" for row in range(300_000)]
+    dataset = read_sentences(write(tmp_path, "\n".join(lines).encode(), "text.txt.gz"))
+    assert dataset["sentence"][:] == lines
+    assert [file["filename"] for file in dataset.cache_files] == [str(the_file(cache))]
+    sizes = [batch.num_rows for batch in pa.ipc.open_stream(the_file(cache))]
+    assert sizes == [65_536] * 4 + [300_000 - 4 * 65_536]
+
+
+def test_chunks_of_long_sentences_are_bounded_too(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(sentences_module, "_CHUNK_CHARACTERS", 1000)
+    lines = ["a" * 400] * 10
+    assert read_sentences(write(tmp_path, "\n".join(lines).encode(), "text.gz"))["sentence"][:] == lines
+    assert [batch.num_rows for batch in pa.ipc.open_stream(the_file(cache))] == [3, 3, 3, 1]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    line = (
+        b"A sentence of about one hundred and twenty characters, as they are in an encyclopaedia that is on the web.\n"
+    )
+    path = write(tmp_path, line * 300_000, "text.gz")
+    before = pa.total_allocated_bytes()
+    dataset = read_sentences(path)
+    assert len(dataset) == 300_000
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_small_text_leaves_nothing_behind(tmp_path, cache):
+    read_sentences(write(tmp_path, b"one\n"))
+    assert not cache.exists()
+
+
+def test_the_cache_is_used_again_and_follows_the_content(tmp_path, cache):
+    first = read_sentences(write(tmp_path, b"one\ntwo\n", "a.gz"))
+    before = the_file(cache).stat()
+    again = read_sentences(tmp_path / "a.gz")
+    assert again["sentence"][:] == ["one", "two"]
+    assert (the_file(cache).stat().st_mtime_ns, the_file(cache).stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    changed = read_sentences(write(tmp_path, b"one\nthree\n", "a.gz"))
+    assert changed["sentence"][:] == ["one", "three"]
+    assert first["sentence"][:] == ["one", "two"]
+
+
+def test_the_cache_follows_the_options(tmp_path):
+    path = write_table(tmp_path, {"a": ["x", "x", "y"], "b": ["p", "q", "q"]})
+    for column, deduplicate, expected in (
+        ("a", False, ["x", "x", "y"]),
+        ("a", True, ["x", "y"]),
+        ("b", False, ["p", "q", "q"]),
+        ("b", True, ["p", "q"]),
+        ("a", False, ["x", "x", "y"]),
+    ):
+        dataset = read_sentences(path, column, deduplicate, tmp_path / "here")
+        assert dataset["sentence"][:] == expected
+    assert len(list((tmp_path / "here").iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.gz"])
+def test_the_fingerprint_depends_on_content_and_options_alone(tmp_path, name):
+    content = b"one\ntwo\none\n"
+    fingerprints = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = write(tmp_path / folder, content, name)
+        if folder == "b":
+            path.write_bytes((tmp_path / "a" / name).read_bytes())
+        fingerprints.add(read_sentences(path, cache_dir=tmp_path / folder)._fingerprint)
+    assert len(fingerprints) == 1
+    fingerprints.add(read_sentences(path, deduplicate=True)._fingerprint)
+    fingerprints.add(read_sentences(write(tmp_path, content + b"three\n", name))._fingerprint)
+    assert len(fingerprints) == 3
+
+
+def truncations(whole):
+    """Cut off within a batch, between batches, within the end mark, and completely."""
+    return [whole[: len(whole) // 2], whole[:-8], whole[:-3], whole[:5], b""]
+
+
+def test_a_truncated_cache_is_written_again(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(sentences_module, "_CHUNK_ROWS", 4)
+    lines = [f"sentence {row}" for row in range(20)]
+    path = write(tmp_path, "\n".join(lines).encode(), "text.gz")
+    read_sentences(path)
+    whole = the_file(cache).read_bytes()
+    for damaged in truncations(whole):
+        the_file(cache).write_bytes(damaged)
+        assert read_sentences(path)["sentence"][:] == lines
+        assert the_file(cache).read_bytes() == whole
+
+
+def test_a_foreign_cache_is_written_again(tmp_path, cache):
+    path = write(tmp_path, b"one\ntwo\n", "text.gz")
+    read_sentences(path)
+    for table in (pa.table({"sentence": ["other"]}), pa.table({"number": [1]})):
+        with pa.ipc.new_stream(the_file(cache), table.schema) as stream:
+            stream.write_table(table)
+        assert read_sentences(path)["sentence"][:] == ["one", "two"]
+    the_file(cache).write_bytes(b"no Arrow at all" * 10)
+    assert read_sentences(path)["sentence"][:] == ["one", "two"]
+
+
+def test_two_processes_at_once(tmp_path, cache):
+    lines = [f"sentence {row}" for row in range(100_000)]
+    path = write(tmp_path, "\n".join(lines).encode(), "text.gz")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=read_sentences, args=(path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert Dataset.from_file(str(the_file(cache)))["sentence"][:] == lines
+
+
+def test_a_bad_line_leaves_no_cache(tmp_path, cache):
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        read_sentences(write(tmp_path, b"one\n\xff\n", "text.gz"))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path):
+    path = write(tmp_path, b"one\n", "text.gz")
+    with pytest.raises(ValueError, match=r"cache .*text\.gz.*give another cache_dir, or set HF_DATASETS_CACHE"):
+        read_sentences(path, cache_dir=path)
+
+
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path, cache):
+    path = write(tmp_path, b"a sentence\n" * 300_000, "text.gz")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(ValueError, match="cannot be written to the cache .*File too large"):
+            read_sentences(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(cache.iterdir()) == []
+
+
+def test_pickle_of_a_memory_mapped_dataset_holds_no_text(tmp_path):
+    pickled = pickle.dumps(read_sentences(write(tmp_path, b"a sentence\n" * 100_000, "text.gz")))
+    assert len(pickled) < 10_000
+    assert pickle.loads(pickled)["sentence"][-1] == "a sentence"
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.99])
+def test_a_truncated_gzip_file_is_named(tmp_path, kept):
+    path = write(tmp_path, "\n".join(str(row) for row in range(50_000)).encode(), "text.gz")
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(
+        ValueError, match=r"text\.gz is cut off, damaged or no gzip file .*download or compress it again"
+    ):
+        read_sentences(path)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    path = write(tmp_path, "\n".join(str(row) for row in range(50_000)).encode(), "text.gz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"text\.gz is cut off, damaged or no gzip file"):
+        read_sentences(path)
+
+
+@pytest.mark.parametrize("content", [b"plain text\n", gzip.compress(b"one\n") + b"garbage"])
+def test_a_file_that_is_no_gzip_is_named(tmp_path, content):
+    path = tmp_path / "text.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"text\.gz is cut off, damaged or no gzip file"):
+        read_sentences(path)
+
+
+def test_gzip_of_several_members(tmp_path):
+    path = tmp_path / "text.GZ"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbfone\ntw") + gzip.compress(b"o\r\nthree"))
+    assert read_sentences(path)["sentence"][:] == ["one", "two", "three"]
+
+
+# Tables
+
+
+TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+def test_a_column_of_a_table(tmp_path, kind):
+    table = pa.table({"id": [1, 2, 3], "caption": pa.array(["one", ' Zürich, 犬\n"2" ', "one"], kind)})
+    dataset = read_sentences(write_table(tmp_path, table))
+    assert dataset["sentence"][:] == ["one", 'Zürich, 犬\n"2"', "one"]
+    assert dataset.features["sentence"].dtype == "string"
+
+
+def test_missing_and_blank_rows_are_counted_in_the_log(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger=sentences_module.__name__)
+    path = write_table(tmp_path, {"text": ["one", None, "", " \n", "two"]})
+    assert read_sentences(path)["sentence"][:] == ["one", "two"]
+    assert "table.parquet: skipped 3 blank rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "expected"),
+    [
+        ({"n": [1], "anything": ["a"]}, None, "a"),
+        ({"text": ["a"], "other": ["b"]}, None, "a"),
+        ({"text": ["a"], "sentence": ["b"]}, None, "b"),
+        ({"text": ["a"], "other": ["b"]}, "other", "b"),
+        ({"text": [1], "a.b": ["a"]}, None, "a"),
+    ],
+)
+def test_which_column(tmp_path, columns, asked, expected):
+    assert read_sentences(write_table(tmp_path, columns), column=asked)["sentence"][:] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "message"),
+    [
+        ({"a": ["x"], "b": ["y"]}, None, r"not clear; .*a \(string\), b \(string\)"),
+        ({"n": [1], "m": [0.5]}, None, r"not clear; .*n \(int64\), m \(double\)"),
+        ({"a": ["x"], "n": [1]}, "b", r"no column 'b' of strings; .*a \(string\), n \(int64\)"),
+        ({"a": ["x"], "n": [1]}, "n", r"no column 'n' of strings"),
+        ({"a": [["x"]]}, "a", r"no column 'a' of strings; .*a \(list<.*string>\)"),
+    ],
+)
+def test_columns_are_listed_where_none_fits(tmp_path, columns, asked, message):
+    with pytest.raises(ValueError, match=rf"table\.parquet: .*{message}"):
+        read_sentences(write_table(tmp_path, columns), column=asked)
+
+
+def test_a_text_file_has_no_columns(tmp_path):
+    with pytest.raises(ValueError, match=r"text\.txt is read as text and has no column 'text'"):
+        read_sentences(write(tmp_path, b"one\n"), column="text")
+
+
+def test_a_table_without_sentences(tmp_path):
+    for values in ([], [None, " "]):
+        with pytest.raises(ValueError, match="all its rows are blank"):
+            read_sentences(write_table(tmp_path, {"text": pa.array(values, pa.string())}))
+
+
+def test_a_row_that_is_not_utf_8_is_named(tmp_path):
+    values = pa.array([b"one", b"two", b"Z\xfcrich"]).view(pa.string())
+    with pytest.raises(ValueError, match=r"table\.parquet, row 2, column 'text': not UTF-8"):
+        read_sentences(write_table(tmp_path, pa.table({"text": values})))
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    path = write_table(tmp_path, {"text": [f"sentence {row}" for row in range(10_000)]}, write_page_checksum=True)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 0xFF
+    for damaged in (b"", b"no parquet file", whole[: len(whole) // 2], bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"table\.parquet is damaged or cannot be read .*write it again"):
+            read_sentences(path)
+
+
+def test_many_row_groups_and_batches(tmp_path):
+    lines = [f"sentence {row}" for row in range(30_000)]
+    for row_group_size in (1_000, 30_000):
+        path = write_table(tmp_path, {"text": lines}, row_group_size=row_group_size)
+        assert read_sentences(path)["sentence"][:] == lines
+
+
+# Options that all formats share
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.gz"])
+def test_deduplication_keeps_the_first(tmp_path, caplog, name):
+    caplog.set_level(logging.INFO, logger=sentences_module.__name__)
+    path = write(tmp_path, b"two\none\n two \n\nOne\none\nthree", name)
+    assert read_sentences(path)["sentence"][:] == ["two", "one", "two", "One", "one", "three"]
+    assert read_sentences(path, deduplicate=True)["sentence"][:] == ["two", "one", "One", "three"]
+    assert f"{name}: left out 2 repeated sentences" in caplog.text
+
+
+def test_iter_sentences_is_the_same_without_a_cache(tmp_path, cache):
+    content = b"\xef\xbb\xbfone\r\n\n two\none\n"
+    for path in (write(tmp_path, content), write(tmp_path, content, "text.gz")):
+        assert list(iter_sentences(path)) == ["one", "two", "one"]
+        assert list(iter_sentences(path, deduplicate=True)) == ["one", "two"]
+    table = write_table(tmp_path, {"a": ["one", None, "two"], "b": ["x", "y", "z"]})
+    assert list(iter_sentences(table, column="b")) == ["x", "y", "z"]
+    assert not cache.exists()
+
+
+def test_iter_sentences_streams_and_checks_the_path_at_once(tmp_path):
+    sentences = iter_sentences(write(tmp_path, b"one\n\xff\n"))
+    assert next(sentences) == "one"
+    with pytest.raises(ValueError, match="line 2: not UTF-8"):
+        next(sentences)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.gz"):
+        iter_sentences(tmp_path / "nowhere.gz")
+    with pytest.raises(ValueError, match="all its lines are blank"):
+        list(iter_sentences(write(tmp_path, b"\n")))
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.gz", "table.parquet"])
+def test_progress(tmp_path, capsys, name):
+    lines = [f"sentence {row}" for row in range(100_000)]
+    if name == "table.parquet":
+        path = write_table(tmp_path, {"text": lines})
+    else:
+        path = write(tmp_path, "\n".join(lines).encode(), name)
+    read_sentences(path, cache_dir=tmp_path / "hidden", show_progress_bar=False)
+    assert capsys.readouterr().err == ""
+    read_sentences(path, cache_dir=tmp_path / "shown", show_progress_bar=True)
+    shown = capsys.readouterr().err
+    assert f"Checksum of {name}: 100%" in shown
+    assert f"Reading {name}: 100%" in shown

@@ -8,12 +8,29 @@ from st_kdmcse.data.readers.base import (
     ReaderSummary,
     Record,
 )
+from st_kdmcse.data.readers.coco import Coco
+from st_kdmcse.data.readers.flickr import CaptionsCSV, FlickrCSV, FlickrTokens
+from st_kdmcse.data.readers.hub import HubDataset
+from st_kdmcse.data.readers.karpathy import Karpathy
+from st_kdmcse.data.readers.open import FORMATS, open_captions
+from st_kdmcse.data.readers.table import CaptionTable
+from st_kdmcse.data.readers.web import WebDataset
 
 __all__ = [
+    "FORMATS",
     "BadRowError",
+    "CaptionTable",
+    "CaptionsCSV",
+    "Coco",
+    "FlickrCSV",
+    "FlickrTokens",
+    "HubDataset",
     "ImageCaptionReader",
+    "Karpathy",
     "Problem",
     "Problems",
     "ReaderSummary",
     "Record",
+    "WebDataset",
+    "open_captions",
 ]

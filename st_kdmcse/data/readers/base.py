@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from functools import cached_property
+from typing import Literal, TypeGuard
 
 import numpy as np
 from tqdm import tqdm
 
-from st_kdmcse.data.images import ImageSource
+from st_kdmcse.data.images import FileSlice, ImageSource
 from st_kdmcse.data.seen import Seen
-
-logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
@@ -72,7 +69,7 @@ class BadRowError(ValueError):
     """
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
+        super().__init__(problem)
         self.problem = problem
 
 
@@ -84,11 +81,13 @@ class Problems:
         on_error: "raise" raises :class:`BadRowError` at the first, "skip" counts, lists and goes on.
         counts: how many of each kind.
         listed: the first ones.
+        on_problem: called with each.
     """
 
     on_error: OnError = "raise"
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[Problem] = field(default_factory=list)
+    on_problem: Callable[[Problem], object] | None = None
 
     def add(self, kind: str, where: str, message: str) -> None:
         """Count a bad row, or raise."""
@@ -98,6 +97,8 @@ class Problems:
         self.counts[kind] += 1
         if len(self.listed) < _LISTED:
             self.listed.append(problem)
+        if self.on_problem is not None:
+            self.on_problem(problem)
 
 
 @dataclass(frozen=True)
@@ -130,20 +131,22 @@ class ImageCaptionReader(ABC):
     Args:
         captions_per_image: draw at most this many captions of each image, without replacement (1 is the setting of
             MCSE, and of Appendix B); None takes all, as KDMCSE does.
-        limit: draw that many images at random, keeping their order; None takes all.
+        limit: draw that many images at random, keeping their order; None takes all. Of the images drawn, those whose
+            files turn out to be bad are left out.
         seed: of both draws.
         on_error: "raise" stops at the first bad row, "skip" leaves bad rows out; they are counted in
             :attr:`problems`.
 
     Attributes:
         problems: the bad rows of the last iteration.
+        on_problem: called with each bad row that is left out; None by default.
 
     Raises:
         ValueError: for an option out of range.
     """
 
-    num_images: int | None = None
-    """Number of images, before bad ones are left out; None if it is not known without reading everything."""
+    name: str = "the data set"
+    """What is read, for messages: the file, the folder, or the name on the hub."""
 
     streaming: bool = False
     """Whether a pass over the data is long: then nothing but the iteration itself should make one."""
@@ -165,7 +168,13 @@ class ImageCaptionReader(ABC):
         self.limit = limit
         self.seed = seed
         self.problems = Problems(on_error)
+        self.on_problem: Callable[[Problem], object] | None = None
         self._threshold: int | None = None
+
+    @cached_property
+    def num_images(self) -> int | None:
+        """Number of images, before bad ones are left out; None if only a whole pass can tell."""
+        return None
 
     @abstractmethod
     def _records(self) -> Iterator[Record]:
@@ -182,7 +191,7 @@ class ImageCaptionReader(ABC):
         """Number of images, before bad ones are left out.
 
         Raises:
-            TypeError: if it is not known without reading everything.
+            TypeError: if only a whole pass can tell.
         """
         if self.num_images is None:
             raise TypeError(f"the number of images of a {type(self).__name__} is not known before it is read")
@@ -194,16 +203,24 @@ class ImageCaptionReader(ABC):
         Args:
             check_files: look whether each image file is there and not empty; without it that shows when the image is
                 read.
+
+        Raises:
+            BadRowError: at the first bad row, if ``on_error`` is "raise".
+            ValueError: if there is no good record at all, or a file is not what its reader expects.
         """
-        self.problems = Problems(self.problems.on_error)
+        self.problems = Problems(self.problems.on_error, on_problem=self.on_problem)
         if self.limit is not None and self._threshold is None:
             self._threshold = self._find_threshold(self.limit)
+        any_good = False
         for record in self._unique():
             if self._threshold is not None and self._hash(record.image_id) > self._threshold:
                 continue
             if check_files and not self._file_is_there(record):
                 continue
+            any_good = True
             yield self._with_drawn_captions(record)
+        if not any_good:
+            raise ValueError(f"{self.name} has no image with captions that could be used{self._bad_rows()}")
 
     def summary(self, show_progress_bar: bool | None = None) -> ReaderSummary:
         """Read everything but the images themselves, and count.
@@ -227,10 +244,31 @@ class ImageCaptionReader(ABC):
             captions += len(record.captions)
         return ReaderSummary(images, captions, reader.problems)
 
+    def _has_text(self, caption: object, where: str) -> TypeGuard[str]:
+        """Whether a caption has text; if it has none, that is a problem of its row."""
+        if isinstance(caption, str) and caption.strip():
+            return True
+        what = "the caption is empty" if isinstance(caption, str) else f"the caption is {caption!r}, no text"
+        self.problems.add("no caption", where, f"{what}: fill it in, or leave the row out")
+        return False
+
+    def _count(self) -> int:
+        """``num_images`` by a pass over the data, for files that are read quickly."""
+        reader = copy.copy(self)
+        reader.problems = Problems("skip")
+        return sum(1 for _ in reader._unique())
+
     def _unique(self) -> Iterator[Record]:
         with Seen() as seen:
             for record in self._records():
-                if seen.add(record.image_id):
+                if not all(_is_unicode(text) for text in (record.image_id, *record.captions)):
+                    self.problems.add(
+                        "encoding",
+                        record.where,
+                        f"the name or a caption of the image {record.image_id!r} has characters that are not Unicode: "
+                        "correct them, or leave the image out",
+                    )
+                elif seen.add(record.image_id):
                     yield record
                 else:
                     self.problems.add(
@@ -238,17 +276,19 @@ class ImageCaptionReader(ABC):
                     )
 
     def _file_is_there(self, record: Record) -> bool:
-        if not isinstance(record.image, Path):
-            return True
-        try:
-            size = record.image.stat().st_size if record.image.is_file() else None
-        except OSError:
-            size = None
-        if size:
+        size = None if record.image is None else _size(record.image)
+        if size or record.image is None:
             return True
         kind, what = ("no image file", "does not exist") if size is None else ("empty image file", "has 0 bytes")
-        self.problems.add(kind, record.where, f"the image {record.image} {what}: add it, or leave its rows out")
+        name = f"of {record.image_id!r}" if isinstance(record.image, bytes) else record.image
+        self.problems.add(kind, record.where, f"the image {name} {what}: add it, or leave its rows out")
         return False
+
+    def _bad_rows(self) -> str:
+        if not self.problems.listed:
+            return ""
+        counts = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(self.problems.counts.items()))
+        return f" ({counts}; the first bad row is {self.problems.listed[0]})"
 
     def _with_drawn_captions(self, record: Record) -> Record:
         count = len(record.captions)
@@ -259,11 +299,13 @@ class ImageCaptionReader(ABC):
         return replace(record, captions=tuple(record.captions[position] for position in sorted(drawn)))
 
     def _hash(self, image_id: str) -> int:
-        key = f"{self.seed}:{image_id}".encode("utf-8", "surrogatepass")
+        key = f"{self.seed}:{image_id}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
-    def _find_threshold(self, limit: int) -> int | None:
+    def _find_threshold(self, limit: int) -> int:
         """The ``limit``-th smallest hash: the images up to it are a random subset, found without keeping ids.
+
+        Where there are fewer images than that, the largest hash possible.
 
         Bad rows are left to the reading proper.
         """
@@ -277,7 +319,27 @@ class ImageCaptionReader(ABC):
             if len(pending) >= max(limit, 65_536):
                 smallest, pending = _smallest(smallest, pending, limit), []
         smallest = _smallest(smallest, pending, limit)
-        return int(smallest.max()) if len(smallest) == limit else None
+        return int(smallest.max()) if len(smallest) == limit else 2**64 - 1
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _size(image: ImageSource) -> int | None:
+    """Bytes of an encoded image; None if there is no such file."""
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, FileSlice):
+        return image.size
+    try:
+        return image.stat().st_size if image.is_file() else None
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
 
 
 def _smallest(kept: np.ndarray, new: list[int], count: int) -> np.ndarray:

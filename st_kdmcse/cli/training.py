@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
-from datasets import disable_progress_bars
-from transformers.utils import logging as transformers_logging
+from click.core import ParameterSource
 
+from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Threshold
-from st_kdmcse.training import METHODS, Interrupted, TrainingOptions, train
+from st_kdmcse.extraction import ExtractionOptions
+from st_kdmcse.recipes import DATASETS, DatasetRecipe
+from st_kdmcse.training import METHODS, TrainingOptions, train
 
 Command = Callable[..., Any]
+
+_EXTRACTION = "extraction_"
 
 
 class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -29,6 +33,36 @@ class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return float(value)
         except ValueError:
             self.fail(f"{value!r} is neither a number nor 'none' nor 'auto'", param, ctx)
+
+
+def training_command(dataset: str) -> Callable[[Command], click.Command]:
+    """Make a training script's command of a function, which gets the recipe of its data set and the options by name.
+
+    Args:
+        dataset: a name of :data:`~st_kdmcse.recipes.DATASETS`.
+    """
+    recipe = DATASETS[dataset]
+    script = f"python training/train_{dataset}.py"
+    text = f"""Train a sentence encoder with knowledge from CLIP, on {recipe.title}.
+
+    \b
+    {script} --text wiki1m_for_simcse.txt {recipe.example}
+    {script} --text wiki1m_for_simcse.txt --features {dataset}-features
+
+    The first form extracts the features of a CLIP model first, into OUTPUT_DIR/features or where --features says.
+    """
+
+    def decorate(function: Command) -> click.Command:
+        def run(**arguments: Any) -> None:
+            function(recipe, arguments)
+
+        command = config_options(run)
+        command = extraction_options(command, in_training=True, **recipe.extraction)
+        command = training_options(command, recipe.output_dir)
+        settings = {"show_default": False, "max_content_width": 120}
+        return click.command(help=text, context_settings=settings)(command)
+
+    return decorate
 
 
 def config_options(command: Command) -> Command:
@@ -48,15 +82,17 @@ def config_options(command: Command) -> Command:
     return command
 
 
-def training_options(command: Command) -> Command:
-    """Give a command the options of :class:`TrainingOptions`, those of the config aside."""
+def training_options(command: Command, output_dir: Path) -> Command:
+    """Give a command the options of :class:`TrainingOptions`, those of the config and of extraction aside."""
     default = TrainingOptions(features=Path())
     path = click.Path(path_type=Path)
     for option in reversed(
         [
             click.option("--model", default=default.model, show_default=True, help="Encoder: hub name or folder."),
             click.option("--text", type=path, help="Sentences, one a line (wiki1m_for_simcse.txt)."),
-            click.option("--features", type=path, help="Feature store directory, or JSON file of the KDMCSE authors."),
+            click.option(
+                "--features", type=path, help="Feature store, or JSON file of the KDMCSE authors; --captions makes it."
+            ),
             click.option("--recipe", type=click.Choice(["paper", "released"]), default="paper", show_default=True),
             click.option("--method", type=click.Choice(list(METHODS)), default="kdmcse", show_default=True),
             click.option(
@@ -65,7 +101,7 @@ def training_options(command: Command) -> Command:
                 show_default=True,
                 help="STS-B: a SentEval directory, or a dataset's hub name or folder.",
             ),
-            click.option("--output-dir", type=path, default=default.output_dir, show_default=True),
+            click.option("--output-dir", type=path, default=output_dir, show_default=True),
             click.option("--epochs", type=int, default=default.epochs, show_default=True),
             click.option("--max-steps", type=int, help="Steps, instead of epochs."),
             click.option("--batch-size", type=int, help="Sentences a step and device.  [BERT: 64; RoBERTa: 128]"),
@@ -94,50 +130,52 @@ def training_options(command: Command) -> Command:
     return command
 
 
-def run_training(arguments: dict[str, Any]) -> None:
+def run_training(arguments: dict[str, Any], dataset: DatasetRecipe) -> None:
     """Train with parsed options, report, and exit: 2 for bad input, 130 after Ctrl-C.
 
     Args:
-        arguments: values of :func:`training_options` and :func:`config_options` by name.
+        arguments: values of :func:`training_options`, :func:`config_options` and :func:`extraction_options` by name.
+        dataset: what its config says holds where the arguments say nothing.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_libraries()
     names = {option.name for option in fields(KDMCSEConfig)}
-    config = {name: value for name, value in arguments.items() if name in names and value is not None}
-    config = {name: None if value == "none" else value for name, value in config.items()}
-    with friendly_errors():
+    given = {name: value for name, value in arguments.items() if name in names and value is not None}
+    given = {name: None if value == "none" else value for name, value in given.items()}
+    usual = {name: value for name, value in dataset.config.items() if name in METHODS[arguments["method"]].reads}
+    extraction = {
+        name.removeprefix(_EXTRACTION): value for name, value in arguments.items() if name.startswith(_EXTRACTION)
+    }
+    with friendly_errors("stopped; the same command (with --resume, once training had begun) goes on from there"):
         options = TrainingOptions(
-            config=config, **{name: value for name, value in arguments.items() if name not in names}
+            config=usual | given,
+            extraction=_extraction(extraction, arguments["recipe"]),
+            **{
+                name: value
+                for name, value in arguments.items()
+                if name not in names and not name.startswith(_EXTRACTION)
+            },
         )
         summary = train(options)
     if summary:
         click.echo(report(summary, options.output_dir))
 
 
-def quiet_libraries() -> None:
-    """Leave the one progress bar that a user waits for: the trainer's."""
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-
-
-class friendly_errors:  # noqa: N801 - a context manager, named like one
-    """Turn errors that the user can mend into one line and an exit status."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            click.echo(
-                f"\n{error}"
-                if isinstance(error, Interrupted)
-                else "\nstopped; --resume goes on from the newest checkpoint, if there is one",
-                err=True,
-            )
-            sys.exit(130)
-        if isinstance(error, ValueError | OSError | ImportError):
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
+def _extraction(given: dict[str, Any], recipe: str) -> ExtractionOptions | None:
+    if given["captions"] is not None:
+        given["teacher"] = given["teacher"] or getattr(KDMCSEConfig, recipe)().teacher
+        return ExtractionOptions(**given)
+    context = click.get_current_context()
+    unused = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and parameter.name.startswith(_EXTRACTION)
+        and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: only with --captions, from which features are extracted")
+    return None
 
 
 def report(summary: dict[str, Any], output_dir: Path) -> str:

@@ -1,0 +1,132 @@
+"""``st-kdmcse extract``, ``merge`` and ``inspect``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.data import FeatureStore
+from st_kdmcse.data.inspection import inspect_store
+from st_kdmcse.data.readers import FORMATS
+from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
+from st_kdmcse.processes import processes
+
+Command = Callable[..., Any]
+Store = click.argument("store", type=click.Path(path_type=Path))
+
+_IN_TRAINING = {"precision": "teacher-precision", "dtype": "feature-dtype", "batch_size": "teacher-batch-size"}
+_NOT_IN_TRAINING = ("captions_per_image", "workers")
+
+
+def extraction_options(command: Command, in_training: bool = False, **defaults: Any) -> Command:
+    """Give a command the options of :class:`ExtractionOptions`.
+
+    Args:
+        command: the command.
+        in_training: whether it is a training script, which has options like these for the student.
+        defaults: values that differ from the class's.
+    """
+    known = {option.name: option.default for option in fields(ExtractionOptions)} | defaults
+    choices: dict[str, dict[str, Any]] = {
+        "captions": {"help": "Captions: file or folder in the publisher's format (.token, .csv, .json, .tsv, "
+                     ".parquet, .tar shards), or a data set on the hub."},
+        "images": {"type": click.Path(path_type=Path), "help": "Folder of the images, if --captions has none."},
+        "captions_format": {"type": click.Choice(["auto", *FORMATS]), "help": "Format of --captions."},
+        "split": {"help": "Part of the data set: a name (train), or a file of image ids."},
+        "image_column": {"help": "Column of the image in a table or hub data set."},
+        "caption_column": {"help": "Column of the caption (or captions) there."},
+        "captions_per_image": {"type": click.IntRange(1), "help": "Captions drawn of each image.  [all]"},
+        "limit": {"type": click.IntRange(1), "help": "Images drawn from the data set.  [all]"},
+        "subset_seed": {"type": int, "help": "Seed of what is drawn from the data set."},
+        "on_error": {"type": click.Choice(["raise", "skip"]), "help": "What to do about bad rows and images."},
+        "teacher": {"help": "open_clip model (ViT-B-32, config.json, hf-hub:..., a folder), or "
+                    "transformers:openai/clip-vit-base-patch32."},
+        "pretrained": {"help": "Weights of an open_clip model: a tag or a file.  [openai]"},
+        "text_teacher": {"help": "Another teacher for the captions, as sentence-transformers:all-mpnet-base-v2."},
+        "precision": {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]), "help": "Of the teacher."},
+        "dtype": {"type": click.Choice(["float16", "float32"]), "help": "Of the stored features."},
+        "batch_size": {"type": click.IntRange(1), "help": "Images or captions in a forward pass of the teacher."},
+        "workers": {"type": click.IntRange(0), "help": "Processes that decode images.  [one a core, at most 8]"},
+    }  # fmt: skip
+    for name, settings in reversed(choices.items()):
+        if in_training and name in _NOT_IN_TRAINING:
+            continue
+        flag = _IN_TRAINING.get(name, name) if in_training else name
+        default = None if known[name] is MISSING else known[name]
+        if in_training and name == "teacher":
+            default, settings["help"] = None, f"{settings['help']}  [the recipe's: ViT-B-32 or ViT-L-14]"
+        command = click.option(
+            f"--{flag.replace('_', '-')}",
+            f"extraction_{name}" if in_training else name,
+            default=default,
+            show_default=default is not None,
+            required=name == "captions" and not in_training,
+            **settings,
+        )(command)
+    return command
+
+
+@click.command(context_settings={"max_content_width": 120})
+@Store
+@extraction_options
+@click.option("--shard", metavar="I/N", help="Do part I (from 0) of N, in as many processes or on as many machines.")
+def extract(store: Path, shard: str | None, **options: Any) -> None:
+    """Encode images and captions with a frozen teacher, and write the feature store STORE.
+
+    Interrupted or killed, the same command goes on where it was. The N shards of a data set may run at the same time;
+    `st-kdmcse merge STORE` joins them. Under torchrun both happens by itself.
+
+    \b
+    st-kdmcse extract flickr30k-features --captions results_20130124.token --images flickr30k-images --split train.txt
+    st-kdmcse extract coco-features --captions annotations/captions_train2014.json --images train2014
+    st-kdmcse extract cc12m-features --captions 'cc12m/{00000..01242}.tar' --limit 1000000 --on-error skip
+    """  # noqa: D301 - click reads the backspace character
+    _prepare()
+    with friendly_errors(f"stopped; what is finished is in {store}.parts: the same command goes on from there"):
+        report = extract_dataset(ExtractionOptions(**options), store, _shard(shard), show_progress_bar=True)
+        if processes().is_main_process:
+            click.echo(str(report))
+            if report.store is not None:
+                click.echo(f"look at it: st-kdmcse inspect {store}")
+
+
+@click.command("merge")
+@Store
+def merge_command(store: Path) -> None:
+    """Join the shards of an extraction into the feature store STORE."""
+    _prepare()
+    with friendly_errors("stopped; nothing is lost: the same command begins anew"):
+        click.echo(str(merge(store)))
+
+
+@click.command()
+@Store
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the captions and scores that are drawn.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(store: Path, seed: int, as_json: bool) -> None:
+    """Show what is in a feature store: teacher, counts, captions, norms, similarities, and whether it is intact."""
+    _prepare()
+    with friendly_errors():
+        report = inspect_store(FeatureStore.open(store), seed=seed)
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else str(report))
+
+
+def _prepare() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    quiet_libraries()
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)

@@ -1,0 +1,163 @@
+"""What readers share: finding files, lines and rows of text, the lists of JSON files."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ijson
+
+from st_kdmcse.data.readers.base import Problems
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+_BOM = b"\xef\xbb\xbf"
+_MOST_LINES_OF_A_ROW = 64
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, if there is a file.
+
+    Raises:
+        FileNotFoundError: if there is none, or a folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: give the file with the captions")
+    return path
+
+
+def image_folder(images: str | Path | None) -> Path | None:
+    """The folder of the images, if one is given.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"there is no folder {images}: give the folder with the image files")
+    return None if images is None else Path(images)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a name looks like that of an image: by its suffix, or as an address on the web."""
+    return bool(re.match(r"https?://\S+$", name)) or Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of each line, without its line end; empty lines are left out.
+
+    A line that is not UTF-8 or holds a NUL is a problem "encoding". A byte order mark is left out.
+
+    Raises:
+        ValueError: if the file is empty.
+    """
+    for number, line in _raw_lines(path):
+        text = line.removesuffix("\n").removesuffix("\r")
+        if text and _is_clean([text], f"{path}, line {number}", problems):
+            yield number, text
+
+
+def read_csv(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Number of the first line (from 1) and fields of each row of a CSV file with quotes where they are needed.
+
+    A quoted field may run over several lines. Where a quote is never closed, only the line that opens it is a problem
+    "wrong columns": it does not swallow the rows below. Rows that are not UTF-8 are a problem "encoding".
+
+    Raises:
+        ValueError: if the file is empty.
+    """
+    lines = _raw_lines(path)
+    waiting: deque[tuple[int, str]] = deque()
+    while first := waiting.popleft() if waiting else next(lines, None):
+        number, text = first
+        where = f"{path}, line {number}"
+        more: list[tuple[int, str]] = []
+        while (fields := _fields(text)) is None and len(more) < _MOST_LINES_OF_A_ROW:
+            following = waiting.popleft() if waiting else next(lines, None)
+            if following is None:
+                break
+            more.append(following)
+            start = _fields(following[1])
+            if start is not None and len(start) > 1 and is_image_name(start[0]):
+                break
+            text += following[1]
+        if fields is None:
+            waiting.extendleft(reversed(more))
+            problems.add(
+                "wrong columns", where, 'a quote (") is not closed, or goes on after its end: double or close it'
+            )
+        elif fields and _is_clean(fields, where, problems):
+            yield number, fields
+
+
+def open_json(path: Path) -> BinaryIO:
+    """A file, open behind its byte order mark if it has one."""
+    file = path.open("rb")
+    if file.read(len(_BOM)) != _BOM:
+        file.seek(0)
+    return file
+
+
+def json_items(path: Path, prefix: str) -> Iterator[Any]:
+    """The elements of a list in a JSON file, one at a time.
+
+    Args:
+        path: the file.
+        prefix: where they are, as ijson spells it, such as "images.item".
+
+    Raises:
+        ValueError: if the file is not whole, valid JSON.
+    """
+    with open_json(path) as file:
+        try:
+            yield from ijson.items(file, prefix, use_float=True)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise json_error(path, error) from error
+
+
+def json_error(path: Path, error: Exception) -> ValueError:
+    """What to raise for a JSON file that ijson cannot read."""
+    reason = error.args[0] if error.args else ""
+    text = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(error)
+    first = text.strip().partition("\n")[0]
+    return ValueError(f"{path} is not whole, valid JSON in UTF-8 ({first}): if it was cut off, download it again")
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their ends. What is not UTF-8, and NUL, become halves of surrogate pairs, which UTF-8 cannot hold."""
+    number = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(_BOM) if number == 1 else line
+            yield number, content.decode("utf-8", "surrogateescape").replace("\0", "\udc00")
+    if not number:
+        raise ValueError(f"{path} is empty: give the file with the captions")
+
+
+def _is_clean(texts: list[str], where: str, problems: Problems) -> bool:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        encoding = "utf-16" if "\udc00" in error.object or "\udcff\udcfe" in error.object else "latin-1"
+        what = "a NUL byte" if error.object[error.start] == "\udc00" else f"not UTF-8 at character {error.start + 1}"
+        problems.add(
+            "encoding",
+            where,
+            f"{what}; convert the file, for example with `iconv -f {encoding} -t utf-8`, or leave it out",
+        )
+        return False
+    return True
+
+
+def _fields(text: str) -> list[str] | None:
+    """The fields of one row; None if a quote is open or misplaced."""
+    try:
+        return next(csv.reader([text], strict=True), [])
+    except csv.Error:
+        return None

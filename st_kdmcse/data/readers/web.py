@@ -1,0 +1,229 @@
+"""Shards in the webdataset layout, such as CC12M downloaded by img2dataset."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from st_kdmcse.data.images import FileSlice
+from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.parsing import IMAGE_SUFFIXES
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BLOCK = 512
+
+
+class WebDataset(ImageCaptionReader):
+    """Uncompressed ``.tar`` shards of images and captions, read in the order of their files.
+
+    The files of a sample follow one another and have the same path up to the first point of their name, its key:
+    ``000000017.jpg``, ``000000017.txt``, ``000000017.json``. The image id is the name of the shard, a slash and the
+    key, ``00003/000000017``; where shards in several folders have the same name, the folders are part of it. Images
+    are given as slices of the tar: they are read only by those who need them.
+
+    Args:
+        shards: a tar; several; a folder of them; or a pattern such as ``cc12m/{00000..00331}.tar``.
+        caption_key: "auto" takes the ``.txt``, or "caption" of the ``.json`` where there is none; any other name is a
+            key of the ``.json``. Its value is a text, or a list of them.
+        options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
+
+    Raises:
+        FileNotFoundError: if a shard is missing, or there is none in the folder.
+        ValueError: if a shard is given twice, or an option is out of range.
+    """
+
+    streaming = True
+
+    def __init__(self, shards: str | Path | Sequence[str | Path], caption_key: str = "auto", **options: Any) -> None:
+        super().__init__(**options)
+        self._shards = _named(_find_shards(shards))
+        self._caption_key = caption_key
+        self.name = str(shards) if isinstance(shards, (str, Path)) else f"{shards[0]} and {len(shards) - 1} more"
+
+    def _records(self) -> Iterator[Record]:
+        for name, path in self._shards:
+            with path.open("rb") as file:
+                for key, members in self._samples(path, file):
+                    record = self._record(path, file, f"{name}/{key}", members)
+                    if record is not None:
+                        yield record
+
+    def _samples(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+        """Key and files, by suffix, of each sample; of a tar that is cut off, the whole ones."""
+        key = ""
+        members: dict[str, tarfile.TarInfo] = {}
+        try:
+            for member in _members(file):
+                stem, suffix = _split_name(member.name)
+                if not stem:
+                    continue
+                if stem != key or suffix in members:
+                    if members:
+                        yield key, members
+                    key, members = stem, {}
+                members[suffix] = member
+        except (tarfile.TarError, ValueError) as error:
+            if _image_suffixes(members) and {".txt", ".json"} & set(members):
+                yield key, members
+            after = f"after {key!r}" if key else "at its beginning"
+            message = f"not a whole, uncompressed tar: {error} {after}; decompress it or download it again"
+            self.problems.add("broken shard", str(path), message)
+        else:
+            if members:
+                yield key, members
+
+    def _record(self, path: Path, file: BinaryIO, image_id: str, members: dict[str, tarfile.TarInfo]) -> Record | None:
+        where = f"{path}, sample {image_id!r}"
+        suffixes = _image_suffixes(members)
+        if len(suffixes) != 1:
+            kind, what = ("several images", "several images") if suffixes else ("no image file", "no image")
+            message = (
+                f"{what} among its files ({', '.join(sorted(members))}): the files of a sample must follow one another "
+                "and share their name up to its first point"
+            )
+            self.problems.add(kind, where, message)
+            return None
+        captions = self._captions(file, members, where)
+        if not captions:
+            return None
+        image = members[suffixes[0]]
+        return Record(image_id, FileSlice(path, image.offset_data, image.size, image.name), captions, where)
+
+    def _captions(self, file: BinaryIO, members: dict[str, tarfile.TarInfo], where: str) -> tuple[str, ...]:
+        """The captions with text; none is a problem."""
+        if self._caption_key == "auto" and ".txt" in members:
+            found = self._text(_content(file, members[".txt"]), where)
+        elif ".json" in members:
+            found = self._value(_content(file, members[".json"]), where)
+        else:
+            wanted = ".txt or .json" if self._caption_key == "auto" else ".json"
+            message = (
+                f"no {wanted} among its files ({', '.join(sorted(members))}): the files of a sample must follow one "
+                "another and share their name up to its first point"
+            )
+            self.problems.add("no caption", where, message)
+            return ()
+        return tuple(caption for caption in found if self._has_text(caption, where))
+
+    def _text(self, content: bytes, where: str) -> list[str]:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            message = f"the .txt is not UTF-8 ({error.reason} at byte {error.start}): convert it, or leave it out"
+            self.problems.add("encoding", where, message)
+            return []
+        if "\0" in text:
+            self.problems.add("encoding", where, "a NUL byte in the .txt: convert it to UTF-8, or leave it out")
+            return []
+        return [text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")]
+
+    def _value(self, content: bytes, where: str) -> list[Any]:
+        key = "caption" if self._caption_key == "auto" else self._caption_key
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            self.problems.add(
+                "no caption", where, f"the .json is not valid JSON ({error}): correct it, or leave it out"
+            )
+            return []
+        if not isinstance(values, dict) or key not in values or values[key] == []:
+            keys = ", ".join(values) if isinstance(values, dict) else "none"
+            self.problems.add("no caption", where, f"the .json has no {key!r}; its keys: {keys}")
+            return []
+        return values[key] if isinstance(values[key], list) else [values[key]]
+
+
+def is_shard_pattern(shards: str | Path) -> bool:
+    """Whether a name has a part such as ``{00000..00331}``."""
+    return bool(_RANGE.search(str(shards)))
+
+
+def _find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    given = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    if not given:
+        raise ValueError("no shards are given: give at least one .tar")
+    found: list[Path] = []
+    for shard in given:
+        path = Path(shard)
+        if path.is_dir():
+            inside = sorted(path.glob("*.tar"))
+            if not inside:
+                raise FileNotFoundError(f"there is no .tar in the folder {path}")
+            found += inside
+        else:
+            found += [path] if path.is_file() else _expanded(str(shard))
+    missing = [path for path in found if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"there is no shard {missing[0]}; {len(missing)} of {len(found)} shards are missing")
+    return found
+
+
+def _expanded(pattern: str) -> list[Path]:
+    """The paths that a pattern stands for: ``{08..11}`` is 08, 09, 10 and 11."""
+    pieces = _RANGE.split(pattern)
+    ranges = [
+        [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        for first, last in zip(pieces[1::3], pieces[2::3], strict=True)
+    ]
+    if not all(ranges):
+        raise ValueError(f"{pattern} stands for no shard: write the smaller number first")
+    return [
+        Path("".join(itertools.chain.from_iterable(zip(pieces[::3], [*numbers, ""], strict=True))))
+        for numbers in itertools.product(*ranges)
+    ]
+
+
+def _named(paths: list[Path]) -> list[tuple[str, Path]]:
+    """Shards, each with a name that no two of them share."""
+    absolute = [path.absolute() for path in paths]
+    twice = [path for path in absolute if absolute.count(path) > 1] if len(set(absolute)) < len(absolute) else []
+    if twice:
+        raise ValueError(f"the shard {twice[0]} is given twice: give each once")
+    if len({path.stem for path in paths}) == len(paths):
+        return [(path.stem, path) for path in paths]
+    root = os.path.commonpath([path.parent for path in absolute])
+    return [
+        (str(full.relative_to(root)).removesuffix(".tar"), path) for full, path in zip(absolute, paths, strict=True)
+    ]
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The plain files of a tar, in its order.
+
+    Raises:
+        tarfile.TarError: after the last whole file, if the tar is cut off or damaged, or at once if it is none.
+    """
+    size = os.fstat(file.fileno()).st_size
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # or they would pile up
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError(f"it ends within {member.name!r}")
+            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                yield member
+        # A damaged header and the end of the file look like the end of the archive to tarfile.
+        file.seek(tar.offset)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise tarfile.ReadError("its end mark is missing")
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a file in a shard; no key if it is not part of a sample."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, point, suffix = base.partition(".")
+    return (folder + slash + stem, f".{suffix.lower()}") if stem and point else ("", "")
+
+
+def _image_suffixes(members: dict[str, tarfile.TarInfo]) -> list[str]:
+    return [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)

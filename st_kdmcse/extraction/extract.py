@@ -1,0 +1,436 @@
+"""From a data set to a feature store: a teacher's features, in parts that outlive a crash."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from st_kdmcse.data import FeatureStore, FeatureStoreWriter
+from st_kdmcse.data.images import ImageError, ImageSource
+from st_kdmcse.data.layout import Array, FeatureDtype
+from st_kdmcse.data.readers import BadRowError, ImageCaptionReader, Problem, Record
+from st_kdmcse.extraction.parts import End, Part, PartsFolder, digest
+from st_kdmcse.teachers.base import Teacher, load_pixels
+
+logger = logging.getLogger(__name__)
+
+PART_SIZE = 512
+"""Images a part: what a crash can cost."""
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What an extraction did.
+
+    Attributes:
+        path: the feature store.
+        store: the store, open; None while parts of other processes are missing.
+        images: in the parts that this process is responsible for.
+        captions: of the images that this call read.
+        earlier: images of them that were finished before.
+        skipped: bad rows and unreadable images, by kind.
+        skipped_file: the list of them; None if there are none, or the store is not complete.
+        seconds: that this call took.
+    """
+
+    path: Path
+    store: FeatureStore | None
+    images: int
+    captions: int
+    earlier: int
+    skipped: Mapping[str, int]
+    skipped_file: Path | None
+    seconds: float
+
+    def __str__(self) -> str:
+        new = self.images - self.earlier
+        lines = [f"{new:,} images and {self.captions:,} captions in {self.seconds:.0f} s"]
+        if new:
+            lines[0] += f", {new / max(self.seconds, 1e-9):.1f} images a second"
+        if self.earlier:
+            lines.append(f"{self.earlier:,} images had been finished before")
+        lines += [f"left out: {count:,} x {kind}" for kind, count in sorted(self.skipped.items())]
+        if self.skipped_file:
+            lines.append(f"listed in {self.skipped_file}")
+        if self.store is None:
+            lines.append(f"once all shards are finished: st-kdmcse merge {self.path}")
+        else:
+            lines.append(f"{self.store}")
+        return "\n".join(lines)
+
+
+def extract(
+    reader: ImageCaptionReader,
+    teacher: Teacher,
+    path: str | Path,
+    *,
+    dtype: FeatureDtype = "float16",
+    workers: int = 2,
+    part_size: int = PART_SIZE,
+    shard: tuple[int, int] = (0, 1),
+    source: Mapping[str, Any] | None = None,
+    show_progress_bar: bool | None = None,
+) -> ExtractionReport:
+    """Encode a data set with a teacher and write a feature store.
+
+    The work is done in parts of ``part_size`` images, kept in ``path`` + ".parts" until all are there; then they are
+    joined. Killed at any moment and called again, it goes on with the first part that is missing, and the store is,
+    byte for byte, that of an uninterrupted run. Memory does not depend on the size of the data set.
+
+    Args:
+        reader: the data set. Its ``on_error`` decides about bad rows and unreadable images: "raise" or "skip".
+        teacher: the model; the features are stored as it gives them, not normalised.
+        path: the store's folder; it must not exist.
+        dtype: of the stored features.
+        workers: processes that decode images; 0 decodes in this one.
+        part_size: images a part, rounded up to whole batches of the teacher.
+        shard: (i, n) does the parts i, i + n, i + 2 n, ...; with n > 1 the parts are not joined: call :func:`merge`
+            when all shards are finished.
+        source: a description of the data set for the store's manifest.
+        show_progress_bar: None shows one in a terminal.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileExistsError: if there is something at ``path`` already.
+        ValueError: for other settings than those of the parts that are there, and for bad data (naming file and row);
+            finished parts stay.
+    """
+    path = Path(path).resolve()
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"shard {index}/{count}: expected i/n with i from 0 to n - 1")
+    if part_size < 1 or workers < 0:
+        raise ValueError(f"part_size is {part_size} and workers {workers}: expected at least 1, and at least 0")
+    part_size = -(-part_size // teacher.batch_size) * teacher.batch_size
+    parts = parts_folder(path)
+    run = {
+        "teacher": teacher.name,
+        "dim": teacher.dim,
+        "shared_space": teacher.shared_space,
+        "precision": teacher.precision,
+        "batch_size": teacher.batch_size,
+        "dtype": dtype,
+        "part_size": part_size,
+        "source": None if source is None else dict(source),
+    }
+    started = time.perf_counter()
+    if path.exists() and parts.exists and parts.run == run:  # killed when all was done but the tidying up
+        parts.remove()
+        return finished_report(path, started)
+    _refuse_existing(path)
+    parts.claim(run)
+    job = _Job(reader, parts, part_size, index, count)
+    bar = _progress_bar(reader, part_size, shard, show_progress_bar)
+    try:
+        with bar:
+            _encode_all(job, teacher, dtype, workers, bar)
+    except BaseException:
+        if count == 1 and not parts.has_parts:
+            parts.remove()
+        raise
+    finally:
+        reader.on_problem = None
+    parts.write_end(End(job.number, dict(reader.problems.counts)))
+    store = merge(path, show_progress_bar) if count == 1 else None
+    skipped = Counter(reader.problems.counts) + job.unreadable
+    seconds = time.perf_counter() - started
+    listed = skipped_file(path)
+    return ExtractionReport(
+        path,
+        store,
+        job.images,
+        job.captions,
+        job.earlier,
+        dict(skipped),
+        listed if store and listed.exists() else None,
+        seconds,
+    )
+
+
+def finished_report(path: Path, started: float | None = None) -> ExtractionReport:
+    """The report of a call that finds the store complete.
+
+    Args:
+        path: the store's folder.
+        started: when the call began, by ``time.perf_counter``.
+    """
+    store = FeatureStore.open(path)
+    listed = skipped_file(path)
+    seconds = 0.0 if started is None else time.perf_counter() - started
+    return ExtractionReport(
+        path, store, store.num_images, 0, store.num_images, {}, listed if listed.exists() else None, seconds
+    )
+
+
+def merge(path: str | Path, show_progress_bar: bool | None = None) -> FeatureStore:
+    """Join the parts of an extraction into its feature store, and remove them.
+
+    Args:
+        path: the store's folder, as given to :func:`extract`.
+        show_progress_bar: None shows one in a terminal if it takes more than two seconds.
+
+    Returns:
+        The store, open.
+
+    Raises:
+        FileNotFoundError: if no extraction was begun for ``path``.
+        FileExistsError: if there is something else at ``path`` already.
+        ValueError: if parts are missing; names them.
+    """
+    path = Path(path).resolve()
+    parts = parts_folder(path)
+    if not parts.exists:
+        raise FileNotFoundError(f"there is no extraction to merge: {parts.path} does not exist")
+    _refuse_existing(path)
+    end = parts.end
+    if end is None:
+        raise ValueError(f"no process has reached the end of the data set yet: run the extraction of {path} again")
+    missing = parts.missing(end.parts)
+    if missing:
+        numbers = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise ValueError(
+            f"{len(missing)} of {end.parts} parts are missing ({numbers}): part k belongs to shard k mod n; run the "
+            "extraction of those shards again"
+        )
+    run = parts.run
+    joined = parts.path / "store"
+    shutil.rmtree(joined, ignore_errors=True)
+    for left_over in parts.path.glob(".store.*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    skipped = bool(end.bad_rows)
+    with FeatureStoreWriter(
+        joined, run["dim"], run["dtype"], run["teacher"], shared_space=run["shared_space"], source=run["source"]
+    ) as writer:
+        for number in tqdm(range(end.parts), "Joining parts", delay=2, disable=_disable(show_progress_bar)):
+            part = parts.read(number)
+            writer.extend(part.image_ids, part.image_features, part.captions, part.text_features)
+            skipped |= bool(part.problems)
+    if skipped:
+        parts.write_skipped(skipped_file(path), end.parts)
+    joined.rename(path)
+    parts.remove()
+    return FeatureStore.open(path)
+
+
+def parts_folder(path: Path) -> PartsFolder:
+    """Where the parts of a store are kept until it is complete."""
+    return PartsFolder(path.with_name(path.name + ".parts"))
+
+
+def skipped_file(path: Path) -> Path:
+    """The list of what was left out of a store."""
+    return path.with_name(path.name + ".skipped.csv")
+
+
+class _Planned(NamedTuple):
+    """A part that is being encoded."""
+
+    number: int
+    records: list[Record]
+
+
+@dataclass
+class _Job:
+    """A pass over the data set that plans the parts of one shard, a few batches ahead of the encoding."""
+
+    reader: ImageCaptionReader
+    parts: PartsFolder
+    part_size: int
+    index: int
+    count: int
+    planned: deque[_Planned] = field(default_factory=deque)
+    unreadable: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    captions: int = 0
+    earlier: int = 0
+    number: int = 0
+
+    def batches(self, batch_size: int, bar: tqdm[Any]) -> Iterator[list[ImageSource]]:
+        """The images to decode, batch by batch; the parts that they belong to are added to ``planned``."""
+        with self.parts.bad_rows() as on_problem:
+            self.reader.on_problem = on_problem
+            records = self.reader.records(check_files=False)
+            while chunk := list(islice(records, self.part_size)):
+                number, self.number = self.number, self.number + 1
+                if number % self.count != self.index or self._is_finished(number, chunk, bar):
+                    continue
+                sources = [_image(record) for record in chunk]
+                self.planned.append(_Planned(number, chunk))
+                for start in range(0, len(sources), batch_size):
+                    yield sources[start : start + batch_size]
+
+    def _is_finished(self, number: int, records: Sequence[Record], bar: tqdm[Any]) -> bool:
+        header = self.parts.header(number)
+        if header is None:
+            return False
+        if header.digest != digest(records):
+            raise ValueError(
+                f"the data set has changed since part {number} of {self.parts.path} was made (from "
+                f"{_place(records[0])}): delete that folder to begin anew"
+            )
+        self.earlier += header.images
+        self.images += header.images
+        self.unreadable.update(problem.kind for problem in header.problems)
+        if not bar.disable:
+            for name in ("n", "initial", "last_print_n"):  # counted, but not in the rate
+                setattr(bar, name, getattr(bar, name) + len(records))
+        return True
+
+
+def _encode_all(job: _Job, teacher: Teacher, dtype: FeatureDtype, workers: int, bar: tqdm[Any]) -> None:
+    loader = DataLoader(
+        _Images(teacher),
+        batch_sampler=job.batches(teacher.batch_size, bar),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=teacher.device.type == "cuda",
+    )
+    features: list[Array] = []
+    problems: list[Problem] = []
+    kept: list[bool] = []
+    for pixels, errors in _named_worker_errors(loader):
+        part = job.planned[0]
+        for position, kind, message in errors:
+            problem = Problem(kind, part.records[len(kept) + position].where, message)
+            if job.reader.problems.on_error == "raise":
+                raise BadRowError(problem)
+            problems.append(problem)
+        broken = {position for position, _, _ in errors}
+        good = [position not in broken for position in range(len(pixels))]
+        if any(good):
+            features.append(teacher.encode_pixels(pixels)[torch.tensor(good)].cpu().numpy())
+        kept += good
+        bar.update(len(good))
+        if len(kept) == len(part.records):
+            _finish_part(job, teacher, dtype, kept, features, problems)
+            job.planned.popleft()
+            features, problems, kept = [], [], []
+
+
+def _finish_part(
+    job: _Job,
+    teacher: Teacher,
+    dtype: FeatureDtype,
+    kept: Sequence[bool],
+    features: Sequence[Array],
+    problems: Sequence[Problem],
+) -> None:
+    part = job.planned[0]
+    records = [record for record, good in zip(part.records, kept, strict=True) if good]
+    captions = [list(record.captions) for record in records]
+    texts = [caption for of_image in captions for caption in of_image]
+    empty = np.empty((0, teacher.dim), dtype=np.float32)
+    text_features = teacher.encode_texts(texts, show_progress_bar=False) if texts else empty
+    job.parts.write(
+        part.number,
+        Part(
+            digest(part.records),
+            [record.image_id for record in records],
+            _stored(np.concatenate(features) if features else empty, dtype, records, "image"),
+            captions,
+            _stored(text_features, dtype, [record for record in records for _ in record.captions], "caption"),
+            problems,
+        ),
+    )
+    job.images += len(records)
+    job.captions += len(texts)
+    job.unreadable.update(problem.kind for problem in problems)
+
+
+def _stored(features: Array, dtype: FeatureDtype, records: Sequence[Record], what: str) -> Array:
+    with np.errstate(over="ignore"):
+        stored = features.astype(dtype)
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+    if bad.size:
+        record = records[bad[0]]
+        remedy = "store float32 (--dtype)" if np.isfinite(features[bad[0]]).all() else "try --precision float32"
+        raise ValueError(f"{_place(record)}: the features of the {what} are not finite in {dtype}: {remedy}")
+    return stored
+
+
+class _Images(Dataset[Any]):
+    """Decodes what it is asked for: its indices are the images themselves."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.preprocess = teacher.preprocess
+
+    def __getitem__(self, source: ImageSource) -> Tensor | tuple[str, str]:
+        try:
+            return load_pixels(source, self.preprocess)
+        except ImageError as error:
+            return error.kind, str(error)
+        except (OSError, ValueError) as error:
+            return "undecodable image", f"{source if isinstance(source, Path) else 'the image'}: {error}"
+
+
+def _collate(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]]]:
+    """(B, 3, H, W) pixels, zero where an image is unreadable so that each batch has its size, and the errors."""
+    errors = [(position, *item) for position, item in enumerate(items) if not isinstance(item, Tensor)]
+    first = next((item for item in items if isinstance(item, Tensor)), torch.zeros(3, 1, 1))
+    blank = torch.zeros_like(first)
+    return torch.stack([item if isinstance(item, Tensor) else blank for item in items]), errors
+
+
+def _named_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that decodes images died ({error}): there may be too little (shared) memory for so many "
+            "--workers"
+        ) from error
+
+
+def _image(record: Record) -> ImageSource:
+    if record.image is None:
+        raise ValueError(f"{_place(record)}: the data set was opened without images: say where they are (--images)")
+    return record.image
+
+
+def _place(record: Record) -> str:
+    return record.where or f"image {record.image_id!r}"
+
+
+def _progress_bar(
+    reader: ImageCaptionReader, part_size: int, shard: tuple[int, int], show_progress_bar: bool | None
+) -> tqdm[Any]:
+    index, count = shard
+    total = None
+    if reader.num_images is not None:
+        whole, rest = divmod(len(reader), part_size)
+        total = len(range(index, whole, count)) * part_size + (rest if whole % count == index else 0)
+    return tqdm(
+        total=total,
+        desc="Extracting" if count == 1 else f"Extracting shard {index}/{count}",
+        unit="image",
+        # A log file is no terminal: a line now and then is enough there.
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=_disable(show_progress_bar),
+    )
+
+
+def _disable(show_progress_bar: bool | None) -> bool | None:
+    return None if show_progress_bar is None else not show_progress_bar
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already: look at it with st-kdmcse inspect, or choose another output")

@@ -1,0 +1,197 @@
+"""An extraction as a user asks for it: data set, teacher and output by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from st_kdmcse.data import FeatureStore
+from st_kdmcse.data.layout import FeatureDtype
+from st_kdmcse.data.readers import ImageCaptionReader, open_captions
+from st_kdmcse.extraction.extract import ExtractionReport, extract, finished_report, merge, parts_folder
+from st_kdmcse.processes import processes
+from st_kdmcse.teachers import Teacher, load_teacher
+
+DEFAULT_TEACHER = "ViT-B-32"
+
+
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """What to encode, and with what.
+
+    Args:
+        captions: file or folder that :func:`~st_kdmcse.data.readers.open_captions` reads, or a data set on the hub.
+        images: folder of the images, where the data set does not bring them.
+        captions_format: of ``captions``; "auto" looks at it.
+        split: part of the data set.
+        image_column: of a table or a data set on the hub.
+        caption_column: of the same.
+        captions_per_image: draw that many captions of each image; all.
+        limit: draw that many images; all.
+        subset_seed: of both draws.
+        on_error: "raise" refuses a data set with bad rows or unreadable images, "skip" leaves them out.
+        teacher: see :func:`~st_kdmcse.teachers.load_teacher`.
+        pretrained: weights of an open_clip model.
+        text_teacher: another teacher for the captions.
+        precision: of the teacher's computation.
+        dtype: of the stored features.
+        batch_size: images or captions a forward pass.
+        workers: processes that decode images; None takes one for each core, at most 8.
+    """
+
+    captions: str
+    images: Path | None = None
+    captions_format: str = "auto"
+    split: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    captions_per_image: int | None = None
+    limit: int | None = None
+    subset_seed: int = 0
+    on_error: Literal["raise", "skip"] = "raise"
+    teacher: str = DEFAULT_TEACHER
+    pretrained: str | None = None
+    text_teacher: str | None = None
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: FeatureDtype = "float16"
+    batch_size: int = 64
+    workers: int | None = None
+
+    def open_captions(self) -> ImageCaptionReader:
+        """The reader of the data set."""
+        return open_captions(
+            self.captions,
+            self.images,
+            self.captions_format,
+            self.split,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            captions_per_image=self.captions_per_image,
+            limit=self.limit,
+            seed=self.subset_seed,
+            on_error=self.on_error,
+        )
+
+    def load_teacher(self, device: Any = None) -> Teacher:
+        """The teacher, on a device."""
+        return load_teacher(
+            self.teacher,
+            self.pretrained,
+            self.text_teacher,
+            device=device,
+            batch_size=self.batch_size,
+            precision=self.precision,
+        )
+
+    def source(self) -> dict[str, Any]:
+        """What decides about the features, without the folders that things are in: kept in the store's manifest."""
+        options = {name: value for name, value in asdict(self).items() if value is not None}
+        for name in ("images", "workers", "on_error"):
+            options.pop(name, None)
+        for name in ("captions", "split", "teacher", "pretrained", "text_teacher"):
+            if name in options and os.sep in options[name] and Path(options[name]).exists():
+                options[name] = Path(options[name]).resolve().name
+        return options
+
+
+def extract_dataset(
+    options: ExtractionOptions,
+    path: str | Path,
+    shard: tuple[int, int] | None = None,
+    show_progress_bar: bool | None = None,
+) -> ExtractionReport:
+    """Extract as the options say; a store that they made before is left as it is.
+
+    Everything that can be checked without the teacher is checked first. Under ``torchrun`` each process does a shard,
+    and the first one joins them.
+
+    Args:
+        options: data set and teacher.
+        path: the store's folder.
+        shard: as for :func:`~st_kdmcse.extraction.extract`; None takes the processes of ``torchrun``, if any.
+        show_progress_bar: None shows one in a terminal.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileExistsError: if there is something else at ``path``.
+        FileNotFoundError, ValueError: for a data set or a teacher that cannot be read, see
+            :func:`~st_kdmcse.extraction.extract`.
+    """
+    path = Path(path).resolve()
+    ranks = processes()
+    finished = _finished(path, options)
+    if finished:
+        return finished
+    reader = options.open_captions()
+    if options.on_error == "raise" and not reader.streaming:
+        _refuse_bad_rows(reader)
+    teacher = options.load_teacher(ranks.device)
+    joint = shard is None and ranks.num_processes > 1
+    report = extract(
+        reader,
+        teacher,
+        path,
+        dtype=options.dtype,
+        workers=default_workers() if options.workers is None else options.workers,
+        shard=shard or (ranks.process_index, ranks.num_processes),
+        source=options.source(),
+        show_progress_bar=show_progress_bar if ranks.is_local_main_process else False,
+    )
+    if joint:
+        ranks.wait_for_everyone()
+        if ranks.is_main_process:
+            merge(path, show_progress_bar)
+        ranks.wait_for_everyone()
+        complete = finished_report(path)
+        report = replace(report, store=complete.store, skipped_file=complete.skipped_file)
+    return report
+
+
+def default_workers() -> int:
+    """A process for each core that may be used, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+def _finished(path: Path, options: ExtractionOptions) -> ExtractionReport | None:
+    """The report of a store that these options made before; None if there is nothing at ``path``."""
+    if not path.exists():
+        return None
+    try:
+        made_from = FeatureStore.open(path).manifest.get("source")
+    except (FileNotFoundError, ValueError) as error:
+        raise FileExistsError(f"{path} exists already and is no whole feature store ({error})") from error
+    if made_from != options.source():
+        raise FileExistsError(
+            f"{path} exists already, {_difference(made_from, options.source())}: choose another output"
+        )
+    if parts_folder(path).exists:  # killed when all was done but the tidying up
+        parts_folder(path).remove()
+    return finished_report(path)
+
+
+def _difference(made_from: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
+    if made_from is None:
+        return "and does not say what it was made from"
+    changes = [
+        f"{name} {made_from.get(name)!r} instead of {wanted.get(name)!r}"
+        for name in sorted({*made_from, *wanted})
+        if made_from.get(name) != wanted.get(name)
+    ]
+    return f"made with {', '.join(changes)}"
+
+
+def _refuse_bad_rows(reader: ImageCaptionReader) -> None:
+    """Report all bad rows at once, before hours of work."""
+    summary = reader.summary()
+    count = sum(summary.problems.counts.values())
+    if count:
+        raise ValueError(
+            f"the data set has {count:,} bad row{'s' if count > 1 else ''}; mend them, or leave them out with "
+            f"--on-error skip:\n{summary}"
+        )

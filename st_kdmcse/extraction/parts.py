@@ -1,0 +1,290 @@
+"""The folder of an unfinished extraction: finished parts, each in a file of its own, and what they belong to."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from st_kdmcse.data.layout import Array
+from st_kdmcse.data.readers import Problem, Record
+
+logger = logging.getLogger(__name__)
+
+_RUN, _END, _BAD_ROWS = "run.json", "end.json", "bad_rows.csv"
+_METADATA = b"part"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The features of some successive images of a data set.
+
+    Attributes:
+        digest: of the records that it was made from, see :func:`digest`.
+        image_ids: M ids.
+        image_features: (M, T).
+        captions: for each image its captions.
+        text_features: (K, T) of all captions, in order.
+        problems: images that could not be read, and are not in it.
+    """
+
+    digest: str
+    image_ids: Sequence[str]
+    image_features: Array
+    captions: Sequence[Sequence[str]]
+    text_features: Array
+    problems: Sequence[Problem] = ()
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """What is known of a part without reading its features."""
+
+    digest: str
+    images: int
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class End:
+    """What the end of the data set showed: how many parts there are, and how many bad rows of each kind."""
+
+    parts: int
+    bad_rows: Mapping[str, int]
+
+
+class PartsFolder:
+    """Parts of an extraction by number; every file in it is whole or absent.
+
+    Args:
+        path: the folder; made by :meth:`claim`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        """Whether an extraction was begun here."""
+        return (self.path / _RUN).is_file()
+
+    def claim(self, run: Mapping[str, Any]) -> None:
+        """Begin an extraction, or go on with one that has the same settings.
+
+        Args:
+            run: settings that change the result.
+
+        Raises:
+            ValueError: if the parts here were made with other settings.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.exists:
+            # Of several processes one is first, and the others find its settings.
+            _write(self.path / _RUN, json.dumps(run, indent=2).encode(), keep_existing=True)
+        earlier = self.run
+        changes = [
+            f"{name} was {earlier.get(name)!r}, is {value!r}"
+            for name, value in run.items()
+            if earlier.get(name) != value
+        ]
+        if changes:
+            raise ValueError(
+                f"the extraction in {self.path} was begun otherwise ({'; '.join(changes)}): repeat it with the same "
+                "options, choose another output, or delete that folder to begin anew"
+            )
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The settings that the extraction was begun with."""
+        return dict(_read_json(self.path / _RUN))
+
+    def header(self, number: int) -> PartHeader | None:
+        """A finished part without its features; None if it is not finished."""
+        path = self._part(number)
+        try:
+            with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+                metadata = json.loads(reader.schema.metadata[_METADATA])
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged and is made again", path)
+            return None
+        problems = tuple(Problem(**problem) for problem in metadata["problems"])
+        return PartHeader(metadata["digest"], metadata["images"], problems)
+
+    def read(self, number: int) -> Part:
+        """A finished part.
+
+        Raises:
+            ValueError: if it is missing or damaged.
+        """
+        header = self.header(number)
+        if header is None:
+            raise ValueError(f"{self._part(number)} is missing or damaged: run the extraction again, it makes it anew")
+        with pa.memory_map(str(self._part(number))) as source, pa.ipc.open_file(source) as reader:
+            batch = reader.get_batch(0)
+            return Part(
+                header.digest,
+                batch.column("image").to_pylist(),
+                _from_arrow(batch.column("image_features")),
+                batch.column("captions").to_pylist(),
+                _from_arrow(batch.column("text_features").flatten()),
+                header.problems,
+            )
+
+    def write(self, number: int, part: Part) -> None:
+        """Save a part; it is there, whole, when this returns."""
+        offsets = np.cumsum([0, *(len(captions) for captions in part.captions)])
+        columns = {
+            "image": pa.array(part.image_ids, pa.string()),
+            "captions": pa.array(part.captions, pa.list_(pa.string())),
+            "image_features": _to_arrow(part.image_features),
+            "text_features": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), _to_arrow(part.text_features)),
+        }
+        content = {
+            "digest": part.digest,
+            "images": len(part.image_ids),
+            "problems": [asdict(problem) for problem in part.problems],
+        }
+        batch = pa.record_batch(list(columns.values()), names=list(columns))
+        batch = batch.replace_schema_metadata({_METADATA: json.dumps(content)})
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_file(buffer, batch.schema) as writer:
+            writer.write_batch(batch)
+        _write(self._part(number), buffer.getvalue())
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether any part is finished."""
+        return next(self.path.glob("part-*.arrow"), None) is not None
+
+    def missing(self, count: int) -> list[int]:
+        """The numbers below ``count`` of the parts that are not finished."""
+        return [number for number in range(count) if self.header(number) is None]
+
+    @property
+    def end(self) -> End | None:
+        """What the end of the data set showed; None before a process got there."""
+        path = self.path / _END
+        return End(**_read_json(path)) if path.is_file() else None
+
+    def write_end(self, end: End) -> None:
+        """Note the end of the data set."""
+        _write(self.path / _END, json.dumps(asdict(end)).encode())
+
+    def bad_rows(self) -> BadRows:
+        """A list of bad rows, to be filled anew in each pass over the data set."""
+        return BadRows(self.path / _BAD_ROWS)
+
+    def write_skipped(self, target: Path, count: int) -> None:
+        """Write all that was left out into a CSV file: bad rows, then the images of each part that were unreadable."""
+        temporary = self.path / "skipped.csv"
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(BadRows.COLUMNS)
+            rows = self.path / _BAD_ROWS
+            if rows.is_file():
+                with rows.open(encoding="utf-8", newline="") as source:
+                    writer.writerows(csv.reader(source))
+            for number in range(count):
+                header = self.header(number)
+                writer.writerows(BadRows.row(problem) for problem in (header.problems if header else ()))
+        temporary.replace(target)
+
+    def remove(self) -> None:
+        """Delete the folder; what tells that it is one goes last."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _RUN:
+                path.unlink()
+        (self.path / _RUN).unlink()
+        self.path.rmdir()
+
+    def _part(self, number: int) -> Path:
+        return self.path / f"part-{number:07d}.arrow"
+
+
+class BadRows:
+    """A context manager that lists bad rows in a file, which appears when the block ends.
+
+    Args:
+        path: the file.
+    """
+
+    COLUMNS = ("kind", "where", "message")
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+    def __enter__(self) -> Callable[[Problem], None]:
+        self._file = self._temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+        writer = csv.writer(self._file)
+        return lambda problem: writer.writerow(self.row(problem))
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._file.close()
+        if kind is None:
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def row(problem: Problem) -> tuple[str, str, str]:
+        """A problem as a row of CSV."""
+        return problem.kind, problem.where, problem.message
+
+
+def digest(records: Iterable[Record]) -> str:
+    """SHA-256 of ids and captions: it tells whether a part belongs to these records."""
+    content = hashlib.sha256()
+    for record in records:
+        content.update(json.dumps([record.image_id, record.captions]).encode())
+    return content.hexdigest()
+
+
+def _to_arrow(features: Array) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+
+
+def _from_arrow(column: pa.Array) -> Array:
+    values: Array = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, column.type.list_size)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {path.parent} to begin anew") from error
+
+
+def _write(path: Path, content: bytes | pa.Buffer, keep_existing: bool = False) -> None:
+    """Write a file in one step, seen from other processes and after a crash."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep_existing:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            temporary.replace(path)
+        temporary.unlink(missing_ok=True)
+    else:
+        temporary.replace(path)

@@ -1,0 +1,283 @@
+"""What all teachers share: devices, precision, batches, and the order of texts."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+
+from st_kdmcse.data.images import ImageError, ImageSource, load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+TeacherImage: TypeAlias = "Image.Image | ImageSource | str"
+Preprocess: TypeAlias = "Callable[[Image.Image], torch.Tensor]"
+
+_MANY_BATCHES = 4
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_THREE_LETTERS = ["dog", "man", "the", "red", "two", "cat"]
+# What unpickling a broken file raises is more than UnpicklingError.
+_BROKEN_WEIGHTS = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+
+
+class Teacher(ABC):
+    """A frozen encoder of images and texts. Features are raw, as its model gives them: not normalised.
+
+    Attributes:
+        name: where the weights come from, with a hash of them where they can change under the same name; feature
+            stores keep it.
+        dim: dimension T of the features.
+        device: where the model is.
+        batch_size: images or texts in one forward pass.
+        precision: of the forward pass: "float32", "bfloat16" or "float16"; the features are float32 whatever it is.
+        shared_space: whether features of images and of texts can be compared with each other.
+        knows_images: False for a teacher of texts alone.
+    """
+
+    name: str
+    dim: int
+    device: torch.device
+    batch_size: int
+    precision: str
+    shared_space: bool = True
+    knows_images: bool = True
+
+    @property
+    @abstractmethod
+    def preprocess(self) -> Preprocess:
+        """Makes (3, H, W) float32 pixels of an image in any mode; without the model, so that worker processes get it.
+
+        Raises:
+            ValueError: if the teacher knows no images.
+        """
+
+    @abstractmethod
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of one batch of images.
+
+        Args:
+            pixels: (B, 3, H, W) preprocessed images, on any device.
+
+        Returns:
+            (B, T) float32 features, on the device of the teacher.
+
+        Raises:
+            ValueError: if the teacher knows no images.
+        """
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str], show_progress_bar: bool | None = True) -> npt.NDArray[np.float32]:
+        """Features of texts.
+
+        Args:
+            texts: N texts; the model's tokenizer cuts them at its context length.
+            show_progress_bar: show a progress bar if there are more than a few batches; None in a terminal only.
+
+        Returns:
+            (N, T) features, in the order of the texts.
+
+        Raises:
+            ValueError: if ``texts`` is a single string.
+        """
+
+    def encode_images(
+        self, images: Sequence[TeacherImage], show_progress_bar: bool | None = True, workers: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Features of images.
+
+        Args:
+            images: N PIL images, files, slices of files, or encoded bytes; read batch by batch.
+            show_progress_bar: show a progress bar if there are more than a few batches; None in a terminal only.
+            workers: threads that decode; by default a few more than there are CPU cores.
+
+        Returns:
+            (N, T) features, in the order of the images.
+
+        Raises:
+            ValueError: if an image cannot be read, naming it; if the teacher knows no images.
+        """
+        features = np.empty((len(images), self.dim), dtype=np.float32)
+        load = partial(load_pixels, preprocess=self.preprocess)
+        with ThreadPoolExecutor(workers) as pool:  # decoding releases the interpreter lock
+            for rows in batches(len(images), self.batch_size, "Images", show_progress_bar):
+                pixels = torch.stack(list(pool.map(load, images[rows])))
+                features[rows] = self.encode_pixels(pixels).cpu().numpy()
+        return features
+
+
+class ModelTeacher(Teacher):
+    """A teacher that is one PyTorch model.
+
+    A subclass sets ``name`` and ``dim`` and takes its model through :meth:`_freeze`.
+
+    Args:
+        device: torch device; by default CUDA where there is a CUDA device, else the CPU.
+        batch_size: images or texts in one forward pass.
+        precision: of the forward pass; the weights stay float32. "auto" is float32 on a CPU, and on a GPU bfloat16
+            where it has it, else float16.
+
+    Raises:
+        ValueError: if the batch size is below 1, or the device does not have the precision.
+    """
+
+    def __init__(
+        self, device: str | torch.device | None = None, batch_size: int = 64, precision: Precision = "auto"
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size = batch_size
+        self.precision = _on_device(precision, self.device)
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Teacher.encode_pixels`."""
+        return self._forward(self._image_features, pixels.to(self.device, non_blocking=True))
+
+    def encode_texts(self, texts: Sequence[str], show_progress_bar: bool | None = True) -> npt.NDArray[np.float32]:
+        """See :meth:`Teacher.encode_texts`."""
+        if isinstance(texts, str):
+            raise ValueError(f"texts is one string, expected a list of strings: [{texts[:60]!r}]")
+        # Texts of like length need little padding; the longest come first, so that memory runs out at once or never.
+        order = np.argsort([-len(text) for text in texts], kind="stable")
+        features = np.empty((len(texts), self.dim), dtype=np.float32)
+        for rows in batches(len(texts), self.batch_size, "Texts", show_progress_bar):
+            batch = [texts[row] for row in order[rows]]
+            features[order[rows]] = self._forward(self._text_features, batch).cpu().numpy()
+        return features
+
+    @abstractmethod
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, T) features of (B, 3, H, W) pixels on the device."""
+
+    @abstractmethod
+    def _text_features(self, texts: list[str]) -> torch.Tensor:
+        """(B, T) features of B texts."""
+
+    def _freeze(self, model: nn.Module) -> Any:
+        return model.requires_grad_(False).eval().to(self.device)
+
+    def _forward(self, encode: Callable[..., torch.Tensor], batch: object) -> torch.Tensor:
+        half = _HALF.get(self.precision)
+        with torch.inference_mode(), torch.autocast(self.device.type, half, enabled=half is not None):
+            return encode(batch).float()
+
+
+def load_pixels(image: TeacherImage, preprocess: Preprocess) -> torch.Tensor:
+    """Decode and preprocess one image.
+
+    Args:
+        image: a PIL image, a file, a slice of a file, or encoded bytes.
+        preprocess: of the teacher.
+
+    Returns:
+        (3, H, W) pixels.
+
+    Raises:
+        ImageError: if the image cannot be read; a ValueError that names it.
+    """
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        return preprocess(load_image(image))
+    try:
+        image.load()  # PIL opens files lazily
+    except (OSError, SyntaxError) as error:
+        name = getattr(image, "filename", "") or "the image"
+        raise ImageError("undecodable image", f"{name} cannot be decoded ({error}): replace it") from error
+    return preprocess(image)
+
+
+def batches(count: int, batch_size: int, description: str, show_progress_bar: bool | None) -> tqdm[slice]:
+    """Slices that cut ``count`` items into batches, with a progress bar if they are more than a few."""
+    slices = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    show = show_progress_bar if len(slices) > _MANY_BATCHES else False
+    return tqdm(slices, desc=description, unit="batch", disable=None if show is None else not show)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a model's parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def check_tokenizer(tokenize: Callable[[list[str]], Any], name: str) -> None:
+    """Refuse a tokenizer that takes all words for the same: transformers makes one where the files are missing.
+
+    Args:
+        tokenize: makes token numbers of a list of texts.
+        name: the model, for the message.
+
+    Raises:
+        ValueError: if the tokenizer knows no words.
+    """
+    tokens = [np.asarray(tokenize([word])).tolist() for word in _THREE_LETTERS]
+    if all(numbers == tokens[0] for numbers in tokens):
+        raise ValueError(
+            f"the tokenizer of {name} knows no words: add its files, such as tokenizer.json, to the folder"
+        )
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Name the model, and the remedy, where a library cannot load it.
+
+    Raises:
+        FileNotFoundError: if a file is missing or the hub out of reach.
+        ValueError: if the weights are broken or belong to another model.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name} cannot be loaded: {_short(error)}. Give a folder or file that is on this machine, or a name on "
+            "the hub, which needs a network the first time"
+        ) from error
+    except _BROKEN_WEIGHTS as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {_short(error) or type(error).__name__}. Check that its files are whole and "
+            "belong together"
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 400).rstrip(".")
+
+
+def _on_device(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
+    """The precision that "auto" stands for; others as they are, if the device has them."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(get_args(Precision))}")
+    if device.type == "cpu" and precision in _HALF:
+        raise ValueError(
+            f"precision {precision} on a CPU is about 100 times slower than float32: "
+            "take precision='float32', or a GPU as the device"
+        )
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bfloat16" and not has_bfloat16:
+        raise ValueError(f"the device {device} has no bfloat16: take precision='float16'")
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "float32"
+    return "bfloat16" if has_bfloat16 else "float16"

@@ -1,0 +1,26 @@
+"""What several test modules use."""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+WORDS = "a the two dog dogs man woman child runs plays sits on in of grass beach ball red blue small large snow".split()
+
+
+def data_folder() -> Path:
+    """Where real data is, if there is any."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    return Path(os.environ.get("ST_KDMCSE_DATA", default))
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """A copy of a folder, so that a test may change it."""
+    return Path(shutil.copytree(source, target))
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

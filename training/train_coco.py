@@ -1,0 +1,16 @@
+"""Train a sentence encoder on text and MS-COCO (wiki+coco)."""
+
+from typing import Any
+
+from st_kdmcse.cli.training import run_training, training_command
+from st_kdmcse.recipes import DatasetRecipe
+
+
+@training_command("coco")
+def main(recipe: DatasetRecipe, arguments: dict[str, Any]) -> None:
+    """Train."""
+    run_training(arguments, recipe)
+
+
+if __name__ == "__main__":
+    main()
