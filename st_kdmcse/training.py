@@ -67,7 +67,9 @@ class TrainingOptions:
 
     Args:
         model: hub name or folder of the encoder to start from.
-        text: file of sentences, one a line.
+        text: file of sentences, one a line (plain or .gz), or a column of a .parquet.
+        text_column: the column of a .parquet.
+        deduplicate: leave out sentences that came before.
         features: a feature store directory, or a JSON file of the KDMCSE authors' format; with ``extraction``, where
             the store goes if it is not there yet (None is a folder of ``output_dir``).
         extraction: the image-caption data set and the teacher that features come from.
@@ -94,6 +96,8 @@ class TrainingOptions:
 
     model: str = "bert-base-uncased"
     text: Path | None = None
+    text_column: str | None = None
+    deduplicate: bool = False
     features: Path | None = None
     extraction: ExtractionOptions | None = None
     recipe: Literal["paper", "released"] = "paper"
@@ -311,7 +315,7 @@ class _Inputs:
         checksums = {}
         store = None
         if options.text is not None:
-            sources["text"] = read_sentences(options.text)
+            sources["text"] = read_sentences(options.text, options.text_column, options.deduplicate)
             checksums["text"] = sha256_file(options.text)
         if options.features is not None or options.extraction is not None:
             store = _open_features(options, state)
@@ -347,7 +351,7 @@ def _open_features(options: TrainingOptions, state: PartialState) -> FeatureStor
         path = options.features or made
         report = extract_dataset(options.extraction, path)
         if state.is_main_process:
-            logger.warning("features: %s", report)
+            logger.info("features: %s", report)
         return FeatureStore.open(path)
     path = Path(options.features or "")
     if path.is_dir():
@@ -401,7 +405,7 @@ def _claim(
         changes = [
             f"{name} was {before[name]!r}, is {value!r}"
             for name, value in now.items()
-            if name not in _FREE_TO_CHANGE and before[name] != value
+            if name not in _FREE_TO_CHANGE and name in before and before[name] != value
         ]
         checksums = earlier["data_sha256"], run["data_sha256"]
         changes += [

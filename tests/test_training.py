@@ -1,5 +1,6 @@
 """The training script as a user runs it, on a small real encoder and small real files."""
 
+import gzip
 import importlib
 import json
 import os
@@ -152,6 +153,16 @@ def test_simcse_trains_on_captions_too_and_text_alone_is_enough(arguments, tmp_p
     states = [load_file(tmp_path / name / "last" / "model.safetensors") for name in ("both", "text", "pairs")]
     key = "embeddings.word_embeddings.weight"
     assert not torch.equal(states[0][key], states[1][key])
+
+
+def test_text_may_be_compressed_and_repeat_itself(arguments, tmp_path, sentences):
+    with gzip.open(tmp_path / "text.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(sentences[:40] * 5))
+    flags = arguments(text=tmp_path / "text.gz", deduplicate=True, features=None, method="simcse", epochs=1)
+    flags = [flag for flag in flags if flag not in ("--max-steps", "6")]
+    result = run(flags)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "training_summary.json").read_text())["steps"] == 40 // 8
 
 
 def test_the_authors_json_is_imported(arguments, tmp_path, store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import click
@@ -12,7 +13,9 @@ from st_kdmcse.data import BadRowError
 
 
 def quiet_libraries() -> None:
-    """Leave the one progress bar that a user waits for: the trainer's."""
+    """Leave what a user waits for: the messages of this package, and the progress bar of the trainer or its own."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("st_kdmcse").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
 

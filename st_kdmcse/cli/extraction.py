@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -88,7 +87,7 @@ def extract(store: Path, shard: str | None, **options: Any) -> None:
     st-kdmcse extract coco-features --captions annotations/captions_train2014.json --images train2014
     st-kdmcse extract cc12m-features --captions 'cc12m/{00000..01242}.tar' --limit 1000000 --on-error skip
     """  # noqa: D301 - click reads the backspace character
-    _prepare()
+    quiet_libraries()
     with friendly_errors(f"stopped; what is finished is in {store}.parts: the same command goes on from there"):
         report = extract_dataset(ExtractionOptions(**options), store, _shard(shard), show_progress_bar=True)
         if processes().is_main_process:
@@ -101,7 +100,7 @@ def extract(store: Path, shard: str | None, **options: Any) -> None:
 @Store
 def merge_command(store: Path) -> None:
     """Join the shards of an extraction into the feature store STORE."""
-    _prepare()
+    quiet_libraries()
     with friendly_errors("stopped; nothing is lost: the same command begins anew"):
         click.echo(str(merge(store)))
 
@@ -112,15 +111,10 @@ def merge_command(store: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect(store: Path, seed: int, as_json: bool) -> None:
     """Show what is in a feature store: teacher, counts, captions, norms, similarities, and whether it is intact."""
-    _prepare()
+    quiet_libraries()
     with friendly_errors():
         report = inspect_store(FeatureStore.open(store), seed=seed)
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else str(report))
-
-
-def _prepare() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    quiet_libraries()
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -89,7 +88,9 @@ def training_options(command: Command, output_dir: Path) -> Command:
     for option in reversed(
         [
             click.option("--model", default=default.model, show_default=True, help="Encoder: hub name or folder."),
-            click.option("--text", type=path, help="Sentences, one a line (wiki1m_for_simcse.txt)."),
+            click.option("--text", type=path, help="Sentences: one a line (plain or .gz), or a column of a .parquet."),
+            click.option("--text-column", help="The column of a .parquet.  [the only one of text]"),
+            click.option("--deduplicate", is_flag=True, help="Leave out sentences of --text that came before."),
             click.option(
                 "--features", type=path, help="Feature store, or JSON file of the KDMCSE authors; --captions makes it."
             ),
@@ -137,7 +138,6 @@ def run_training(arguments: dict[str, Any], dataset: DatasetRecipe) -> None:
         arguments: values of :func:`training_options`, :func:`config_options` and :func:`extraction_options` by name.
         dataset: what its config says holds where the arguments say nothing.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     quiet_libraries()
     names = {option.name for option in fields(KDMCSEConfig)}
     given = {name: value for name, value in arguments.items() if name in names and value is not None}

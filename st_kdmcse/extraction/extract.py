@@ -304,17 +304,17 @@ def _encode_all(job: _Job, teacher: Teacher, dtype: FeatureDtype, workers: int, 
     features: list[Array] = []
     problems: list[Problem] = []
     kept: list[bool] = []
-    for pixels, errors in _named_worker_errors(loader):
+    for pixels, errors, size in _named_worker_errors(loader):
         part = job.planned[0]
         for position, kind, message in errors:
             problem = Problem(kind, part.records[len(kept) + position].where, message)
             if job.reader.problems.on_error == "raise":
                 raise BadRowError(problem)
             problems.append(problem)
+        if len(pixels):
+            features.append(teacher.encode_pixels(pixels).cpu().numpy())
         broken = {position for position, _, _ in errors}
-        good = [position not in broken for position in range(len(pixels))]
-        if any(good):
-            features.append(teacher.encode_pixels(pixels)[torch.tensor(good)].cpu().numpy())
+        good = [position not in broken for position in range(size)]
         kept += good
         bar.update(len(good))
         if len(kept) == len(part.records):
@@ -379,12 +379,11 @@ class _Images(Dataset[Any]):
             return "undecodable image", f"{source if isinstance(source, Path) else 'the image'}: {error}"
 
 
-def _collate(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]]]:
-    """(B, 3, H, W) pixels, zero where an image is unreadable so that each batch has its size, and the errors."""
+def _collate(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]], int]:
+    """(B, 3, H, W) pixels of the readable images, the errors of the others by position, and the number of all."""
+    pixels = [item for item in items if isinstance(item, Tensor)]
     errors = [(position, *item) for position, item in enumerate(items) if not isinstance(item, Tensor)]
-    first = next((item for item in items if isinstance(item, Tensor)), torch.zeros(3, 1, 1))
-    blank = torch.zeros_like(first)
-    return torch.stack([item if isinstance(item, Tensor) else blank for item in items]), errors
+    return torch.stack(pixels) if pixels else torch.empty(0), errors, len(items)
 
 
 def _named_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
