@@ -3,9 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from photo_set import content
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from st_kdmcse import KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student, functional
+from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -50,3 +52,23 @@ def test_the_device_computes_what_the_cpu_computes():
         loss.backward()
         values.append((loss.cpu(), anchors.grad.cpu(), functional.uniformity(anchors).detach().cpu()))
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+
+
+def test_extraction_in_half_precision_resumed_by_shards(tmp_path, photo_set, tiny_open_clip):
+    def features(name, **options):
+        settings = ExtractionOptions(
+            str(photo_set / "captions.txt"), photo_set / "Images", teacher=str(tiny_open_clip), batch_size=8, **options
+        )
+        return settings, tmp_path / name
+
+    exact = extract_dataset(*features("float32", precision="float32", dtype="float32")).store
+    options, path = features("half")
+    half = extract_dataset(options, path).store
+    assert options.load_teacher().precision in ("bfloat16", "float16")
+    scale = exact.image_features.std()
+    assert abs(half.image_features - exact.image_features).max() < 0.2 * scale
+    options, again = features("again")
+    for index in (1, 0):
+        extract_dataset(options, again, shard=(index, 2))
+    merge(again)
+    assert content(again) == content(path)

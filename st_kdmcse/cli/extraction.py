@@ -15,6 +15,7 @@ from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.inspection import inspect_store
 from st_kdmcse.data.readers import FORMATS
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
+from st_kdmcse.extraction.extract import skipped_file
 from st_kdmcse.processes import processes
 
 Command = Callable[..., Any]
@@ -88,7 +89,7 @@ def extract(store: Path, shard: str | None, **options: Any) -> None:
     st-kdmcse extract cc12m-features --captions 'cc12m/{00000..01242}.tar' --limit 1000000 --on-error skip
     """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
-    with friendly_errors(f"stopped; what is finished is in {store}.parts: the same command goes on from there"):
+    with friendly_errors("stopped; finished parts are kept, and the same command goes on from there"):
         report = extract_dataset(ExtractionOptions(**options), store, _shard(shard), show_progress_bar=True)
         if processes().is_main_process:
             click.echo(str(report))
@@ -103,6 +104,8 @@ def merge_command(store: Path) -> None:
     quiet_libraries()
     with friendly_errors("stopped; nothing is lost: the same command begins anew"):
         click.echo(str(merge(store)))
+        if skipped_file(store).exists():
+            click.echo(f"what was left out is listed in {skipped_file(store)}")
 
 
 @click.command()

@@ -81,8 +81,9 @@ def load_image(source: ImageSource | str) -> Image.Image:
         image.load()
     except Image.DecompressionBombError as error:
         raise ImageError("decompression bomb", f"{name} is too large an image ({error}): scale it down") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
-        # What PIL's decoders raise for broken files is not documented, and is more than OSError.
+    except MemoryError:
+        raise
+    except Exception as error:  # what decoders raise for broken files is not documented, and is almost anything
         raise ImageError("undecodable image", f"{name} cannot be decoded ({error}): replace it") from error
     return image
 

@@ -91,7 +91,7 @@ class FeatureStore:
         self._path = Path(path).resolve()
         if not self._path.is_dir():
             raise FileNotFoundError(
-                f"there is no feature store at {path}: make one with FeatureStoreWriter, FeatureStore.from_arrays or "
+                f"there is no feature store at {path}: make one with st-kdmcse extract, FeatureStore.from_arrays or "
                 "import_released_json"
             )
         manifest = _read_manifest(self._path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 import shutil
 import sys
 import time
@@ -23,8 +25,8 @@ from st_kdmcse.data import FeatureStore, FeatureStoreWriter
 from st_kdmcse.data.images import ImageError, ImageSource
 from st_kdmcse.data.layout import Array, FeatureDtype
 from st_kdmcse.data.readers import BadRowError, ImageCaptionReader, Problem, Record
-from st_kdmcse.extraction.parts import End, Part, PartsFolder, digest
-from st_kdmcse.teachers.base import Teacher, load_pixels
+from st_kdmcse.extraction.parts import End, Part, PartsFolder, chain, digest, record_bytes
+from st_kdmcse.teachers.base import Preprocess, Teacher, load_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class ExtractionReport:
         skipped: bad rows and unreadable images, by kind.
         skipped_file: the list of them; None if there are none, or the store is not complete.
         seconds: that this call took.
+        shard: what this call was to do, of all.
     """
 
     path: Path
@@ -55,12 +58,15 @@ class ExtractionReport:
     skipped: Mapping[str, int]
     skipped_file: Path | None
     seconds: float
+    shard: tuple[int, int] = (0, 1)
 
     def __str__(self) -> str:
         new = self.images - self.earlier
         lines = [f"{new:,} images and {self.captions:,} captions in {self.seconds:.0f} s"]
         if new:
             lines[0] += f", {new / max(self.seconds, 1e-9):.1f} images a second"
+        if self.shard[1] > 1:
+            lines[0] = f"shard {self.shard[0]}/{self.shard[1]}: {lines[0]}"
         if self.earlier:
             lines.append(f"{self.earlier:,} images had been finished before")
         lines += [f"left out: {count:,} x {kind}" for kind, count in sorted(self.skipped.items())]
@@ -130,26 +136,26 @@ def extract(
         "source": None if source is None else dict(source),
     }
     started = time.perf_counter()
-    if path.exists() and parts.exists and parts.run == run:  # killed when all was done but the tidying up
-        parts.remove()
-        return finished_report(path, started)
-    _refuse_existing(path)
-    parts.claim(run)
-    job = _Job(reader, parts, part_size, index, count)
-    bar = _progress_bar(reader, part_size, shard, show_progress_bar)
-    try:
-        with bar:
-            _encode_all(job, teacher, dtype, workers, bar)
-    except BaseException:
-        if count == 1 and not parts.has_parts:
+    if not parts.exists:
+        _refuse_existing(path)
+    with parts.lock(exclusive=count == 1):
+        if path.exists() and parts.run == run:  # killed when all was done but the tidying up
             parts.remove()
-        raise
-    finally:
-        reader.on_problem = None
-    parts.write_end(End(job.number, dict(reader.problems.counts)))
-    store = merge(path, show_progress_bar) if count == 1 else None
-    skipped = Counter(reader.problems.counts) + job.unreadable
-    seconds = time.perf_counter() - started
+            return finished_report(path, started)
+        _refuse_existing(path)
+        parts.claim(run)
+        job = _Job(reader, parts, teacher.preprocess, part_size, index, count)
+        try:
+            with _progress_bar(reader, part_size, shard, show_progress_bar) as bar:
+                _encode_all(job, teacher, dtype, workers, bar)
+        except BaseException:
+            if count == 1 and not parts.count:
+                parts.remove()
+            raise
+        finally:
+            reader.on_problem = None
+        parts.write_end(job.end())
+        store = _join(path, parts, show_progress_bar) if count == 1 else None
     listed = skipped_file(path)
     return ExtractionReport(
         path,
@@ -157,9 +163,10 @@ def extract(
         job.images,
         job.captions,
         job.earlier,
-        dict(skipped),
+        dict(Counter(reader.problems.counts) + job.unreadable),
         listed if store and listed.exists() else None,
-        seconds,
+        time.perf_counter() - started,
+        shard,
     )
 
 
@@ -186,36 +193,36 @@ def merge(path: str | Path, show_progress_bar: bool | None = None) -> FeatureSto
         show_progress_bar: None shows one in a terminal if it takes more than two seconds.
 
     Returns:
-        The store, open.
+        The store, open; one that is joined already is left as it is.
 
     Raises:
         FileNotFoundError: if no extraction was begun for ``path``.
         FileExistsError: if there is something else at ``path`` already.
-        ValueError: if parts are missing; names them.
+        ValueError: if parts are missing (names them), were made from different data, or are being made.
     """
     path = Path(path).resolve()
     parts = parts_folder(path)
     if not parts.exists:
+        if path.is_dir():
+            return FeatureStore.open(path)
         raise FileNotFoundError(f"there is no extraction to merge: {parts.path} does not exist")
-    _refuse_existing(path)
-    end = parts.end
+    with parts.lock(exclusive=True):
+        _refuse_existing(path)
+        return _join(path, parts, show_progress_bar)
+
+
+def _join(path: Path, parts: PartsFolder, show_progress_bar: bool | None) -> FeatureStore:
+    end, run = parts.end, parts.run
     if end is None:
         raise ValueError(f"no process has reached the end of the data set yet: run the extraction of {path} again")
-    missing = parts.missing(end.parts)
-    if missing:
-        numbers = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        raise ValueError(
-            f"{len(missing)} of {end.parts} parts are missing ({numbers}): part k belongs to shard k mod n; run the "
-            "extraction of those shards again"
-        )
-    run = parts.run
+    parts.check_complete(end)
     joined = parts.path / "store"
-    shutil.rmtree(joined, ignore_errors=True)
-    for left_over in parts.path.glob(".store.*.tmp"):
+    for left_over in (joined, *parts.path.glob(".store.*.tmp")):
         shutil.rmtree(left_over, ignore_errors=True)
+    source = {**(run["source"] or {}), "precision": run["precision"], "records_sha256": end.records}
     skipped = bool(end.bad_rows)
     with FeatureStoreWriter(
-        joined, run["dim"], run["dtype"], run["teacher"], shared_space=run["shared_space"], source=run["source"]
+        joined, run["dim"], run["dtype"], run["teacher"], shared_space=run["shared_space"], source=source
     ) as writer:
         for number in tqdm(range(end.parts), "Joining parts", delay=2, disable=_disable(show_progress_bar)):
             part = parts.read(number)
@@ -251,6 +258,7 @@ class _Job:
 
     reader: ImageCaptionReader
     parts: PartsFolder
+    preprocess: Preprocess
     part_size: int
     index: int
     count: int
@@ -259,7 +267,15 @@ class _Job:
     images: int = 0
     captions: int = 0
     earlier: int = 0
-    number: int = 0
+    digests: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._records = hashlib.sha256()
+
+    def end(self) -> End:
+        """What the pass found, once it is over."""
+        bad_rows = dict(self.reader.problems.counts)
+        return End(len(self.digests), chain(self.digests), self._records.hexdigest(), bad_rows)
 
     def batches(self, batch_size: int, bar: tqdm[Any]) -> Iterator[list[ImageSource]]:
         """The images to decode, batch by batch; the parts that they belong to are added to ``planned``."""
@@ -267,7 +283,10 @@ class _Job:
             self.reader.on_problem = on_problem
             records = self.reader.records(check_files=False)
             while chunk := list(islice(records, self.part_size)):
-                number, self.number = self.number, self.number + 1
+                for record in chunk:
+                    self._records.update(record_bytes(record))
+                number = len(self.digests)
+                self.digests.append(digest(chunk))
                 if number % self.count != self.index or self._is_finished(number, chunk, bar):
                     continue
                 sources = [_image(record) for record in chunk]
@@ -279,13 +298,20 @@ class _Job:
         header = self.parts.header(number)
         if header is None:
             return False
-        if header.digest != digest(records):
+        if header.digest != self.digests[number]:
             raise ValueError(
                 f"the data set has changed since part {number} of {self.parts.path} was made (from "
                 f"{_place(records[0])}): delete that folder to begin anew"
             )
-        self.earlier += header.images
-        self.images += header.images
+        if header.problems:
+            there = set(header.image_ids)
+            if any(_is_readable(record, self.preprocess) for record in records if record.image_id not in there):
+                logger.info("part %d is made again: images of it that could not be read can be read now", number)
+                return False
+            if self.reader.problems.on_error == "raise":
+                raise BadRowError(header.problems[0])
+        self.earlier += len(header.image_ids)
+        self.images += len(header.image_ids)
         self.unreadable.update(problem.kind for problem in header.problems)
         if not bar.disable:
             for name in ("n", "initial", "last_print_n"):  # counted, but not in the rate
@@ -340,7 +366,7 @@ def _finish_part(
     job.parts.write(
         part.number,
         Part(
-            digest(part.records),
+            job.digests[part.number],
             [record.image_id for record in records],
             _stored(np.concatenate(features) if features else empty, dtype, records, "image"),
             captions,
@@ -375,8 +401,6 @@ class _Images(Dataset[Any]):
             return load_pixels(source, self.preprocess)
         except ImageError as error:
             return error.kind, str(error)
-        except (OSError, ValueError) as error:
-            return "undecodable image", f"{source if isinstance(source, Path) else 'the image'}: {error}"
 
 
 def _collate(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]], int]:
@@ -390,7 +414,7 @@ def _named_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search("exited unexpectedly|killed by signal", str(error)):
             raise
         raise ValueError(
             f"a process that decodes images died ({error}): there may be too little (shared) memory for so many "
@@ -402,6 +426,14 @@ def _image(record: Record) -> ImageSource:
     if record.image is None:
         raise ValueError(f"{_place(record)}: the data set was opened without images: say where they are (--images)")
     return record.image
+
+
+def _is_readable(record: Record, preprocess: Preprocess) -> bool:
+    try:
+        load_pixels(_image(record), preprocess)
+    except ImageError:
+        return False
+    return True
 
 
 def _place(record: Record) -> str:

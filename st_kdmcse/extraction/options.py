@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from accelerate import PartialState
 
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.layout import FeatureDtype
 from st_kdmcse.data.readers import ImageCaptionReader, open_captions
 from st_kdmcse.extraction.extract import ExtractionReport, extract, finished_report, merge, parts_folder
+from st_kdmcse.extraction.parts import record_bytes
 from st_kdmcse.processes import processes
 from st_kdmcse.teachers import Teacher, load_teacher
 
@@ -87,14 +91,15 @@ class ExtractionOptions:
         )
 
     def source(self) -> dict[str, Any]:
-        """What decides about the features, without the folders that things are in: kept in the store's manifest."""
-        options = {name: value for name, value in asdict(self).items() if value is not None}
-        for name in ("images", "workers", "on_error"):
-            options.pop(name, None)
-        for name in ("captions", "split", "teacher", "pretrained", "text_teacher"):
-            if name in options and os.sep in options[name] and Path(options[name]).exists():
-                options[name] = Path(options[name]).resolve().name
-        return options
+        """What is encoded, without the folders that things are in: kept in the store's manifest."""
+        named = {
+            "captions": Path(self.captions).name,
+            "split": None if self.split is None else Path(self.split).name,
+            "captions_per_image": self.captions_per_image,
+            "limit": self.limit,
+            "subset_seed": None if self.captions_per_image is None and self.limit is None else self.subset_seed,
+        }
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def extract_dataset(
@@ -124,13 +129,15 @@ def extract_dataset(
     """
     path = Path(path).resolve()
     ranks = processes()
-    finished = _finished(path, options)
-    if finished:
-        return finished
     reader = options.open_captions()
-    if options.on_error == "raise" and not reader.streaming:
-        _refuse_bad_rows(reader)
+    if not path.exists():
+        _check_rows(reader, options)
     teacher = options.load_teacher(ranks.device)
+    if path.exists():
+        _refuse_other(path, reader, teacher, options)
+        if ranks.is_main_process:
+            parts_folder(path).remove()  # what a process left that was killed while tidying up
+        return finished_report(path)
     joint = shard is None and ranks.num_processes > 1
     report = extract(
         reader,
@@ -143,13 +150,25 @@ def extract_dataset(
         show_progress_bar=show_progress_bar if ranks.is_local_main_process else False,
     )
     if joint:
-        ranks.wait_for_everyone()
-        if ranks.is_main_process:
-            merge(path, show_progress_bar)
-        ranks.wait_for_everyone()
+        _merge_jointly(path, ranks, show_progress_bar)
         complete = finished_report(path)
         report = replace(report, store=complete.store, skipped_file=complete.skipped_file)
     return report
+
+
+def _merge_jointly(path: Path, ranks: PartialState, show_progress_bar: bool | None) -> None:
+    """Wait for the parts of all processes, and let the first one join them.
+
+    The waiting looks at the files: a barrier has a time limit, which a slow process or a long joining may exceed.
+    """
+    parts = parts_folder(path)
+    while (end := parts.end) is None or parts.count < end.parts:
+        time.sleep(1)
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        merge(path, show_progress_bar)
+    while not path.exists() or parts.exists:
+        time.sleep(0.5)
 
 
 def default_workers() -> int:
@@ -158,36 +177,39 @@ def default_workers() -> int:
     return min(8, cores)
 
 
-def _finished(path: Path, options: ExtractionOptions) -> ExtractionReport | None:
-    """The report of a store that these options made before; None if there is nothing at ``path``."""
-    if not path.exists():
-        return None
+def _refuse_other(path: Path, reader: ImageCaptionReader, teacher: Teacher, options: ExtractionOptions) -> None:
+    """Refuse what is at ``path`` unless it is the store that these options make."""
     try:
-        made_from = FeatureStore.open(path).manifest.get("source")
+        store = FeatureStore.open(path)
     except (FileNotFoundError, ValueError) as error:
         raise FileExistsError(f"{path} exists already and is no whole feature store ({error})") from error
-    if made_from != options.source():
-        raise FileExistsError(
-            f"{path} exists already, {_difference(made_from, options.source())}: choose another output"
-        )
-    if parts_folder(path).exists:  # killed when all was done but the tidying up
-        parts_folder(path).remove()
-    return finished_report(path)
-
-
-def _difference(made_from: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
-    if made_from is None:
-        return "and does not say what it was made from"
+    made_from = store.manifest.get("source", {})
+    wanted = {"teacher": teacher.name, "dtype": options.dtype, "precision": teacher.precision, **options.source()}
+    found = {"teacher": store.teacher, "dtype": str(store.dtype), **made_from}
+    if not reader.streaming:
+        wanted["records_sha256"] = _records_digest(reader)
     changes = [
-        f"{name} {made_from.get(name)!r} instead of {wanted.get(name)!r}"
-        for name in sorted({*made_from, *wanted})
-        if made_from.get(name) != wanted.get(name)
+        f"{name} {found.get(name)!r} instead of {value!r}" for name, value in wanted.items() if found.get(name) != value
     ]
-    return f"made with {', '.join(changes)}"
+    if changes:
+        raise FileExistsError(f"{path} exists already, made with {', '.join(changes)}: choose another output")
 
 
-def _refuse_bad_rows(reader: ImageCaptionReader) -> None:
+def _records_digest(reader: ImageCaptionReader) -> str:
+    content = hashlib.sha256()
+    for record in reader.records(check_files=False):
+        content.update(record_bytes(record))
+    return content.hexdigest()
+
+
+def _check_rows(reader: ImageCaptionReader, options: ExtractionOptions) -> None:
     """Report all bad rows at once, before hours of work."""
+    if reader.streaming:
+        return
+    if next(iter(reader.records(check_files=False))).image is None:
+        raise ValueError(f"{reader.name} does not bring its images: say where they are (--images)")
+    if options.on_error == "skip":
+        return
     summary = reader.summary()
     count = sum(summary.problems.counts.values())
     if count:

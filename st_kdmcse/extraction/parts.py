@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from st_kdmcse.data.layout import Array
 from st_kdmcse.data.readers import Problem, Record
 
 logger = logging.getLogger(__name__)
 
-_RUN, _END, _BAD_ROWS = "run.json", "end.json", "bad_rows.csv"
+_RUN, _END, _BAD_ROWS, _LOCK = "run.json", "end.json", "bad_rows.csv", "lock"
 _METADATA = b"part"
 
 
@@ -52,15 +58,24 @@ class PartHeader:
     """What is known of a part without reading its features."""
 
     digest: str
-    images: int
+    image_ids: tuple[str, ...]
     problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)
 class End:
-    """What the end of the data set showed: how many parts there are, and how many bad rows of each kind."""
+    """What the end of the data set showed.
+
+    Attributes:
+        parts: how many there are.
+        chain: SHA-256 of the digests of the parts.
+        records: SHA-256 of all ids and captions, however they are parted.
+        bad_rows: how many of each kind.
+    """
 
     parts: int
+    chain: str
+    records: str
     bad_rows: Mapping[str, int]
 
 
@@ -78,6 +93,27 @@ class PartsFolder:
     def exists(self) -> bool:
         """Whether an extraction was begun here."""
         return (self.path / _RUN).is_file()
+
+    @contextmanager
+    def lock(self, exclusive: bool, wait: bool = False) -> Iterator[None]:
+        """Keep other processes of this machine from what they must not do at the same time.
+
+        Args:
+            exclusive: for joining the parts; shards work side by side under locks that are not.
+            wait: whether to wait for the others.
+
+        Raises:
+            ValueError: if others are at work.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("w") as file:
+            if fcntl is not None:
+                kind = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(file, kind)
+                except BlockingIOError:
+                    raise ValueError(f"another process is at work in {self.path}: wait for it, or stop it") from None
+            yield
 
     def claim(self, run: Mapping[str, Any]) -> None:
         """Begin an extraction, or go on with one that has the same settings.
@@ -121,7 +157,7 @@ class PartsFolder:
             logger.warning("%s is damaged and is made again", path)
             return None
         problems = tuple(Problem(**problem) for problem in metadata["problems"])
-        return PartHeader(metadata["digest"], metadata["images"], problems)
+        return PartHeader(metadata["digest"], tuple(metadata["image_ids"]), problems)
 
     def read(self, number: int) -> Part:
         """A finished part.
@@ -154,7 +190,7 @@ class PartsFolder:
         }
         content = {
             "digest": part.digest,
-            "images": len(part.image_ids),
+            "image_ids": list(part.image_ids),
             "problems": [asdict(problem) for problem in part.problems],
         }
         batch = pa.record_batch(list(columns.values()), names=list(columns))
@@ -165,13 +201,32 @@ class PartsFolder:
         _write(self._part(number), buffer.getvalue())
 
     @property
-    def has_parts(self) -> bool:
-        """Whether any part is finished."""
-        return next(self.path.glob("part-*.arrow"), None) is not None
+    def count(self) -> int:
+        """How many parts are finished."""
+        return sum(1 for _ in self.path.glob("part-*.arrow"))
 
-    def missing(self, count: int) -> list[int]:
-        """The numbers below ``count`` of the parts that are not finished."""
-        return [number for number in range(count) if self.header(number) is None]
+    def check_complete(self, end: End) -> None:
+        """Make sure that all parts are there, and belong together.
+
+        Raises:
+            ValueError: if parts are missing (names them), or were made from other data.
+        """
+        headers = [self.header(number) for number in range(end.parts)]
+        missing = [number for number, header in enumerate(headers) if header is None]
+        if missing:
+            numbers = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise ValueError(
+                f"{len(missing)} of {end.parts} parts are missing ({numbers}): part k belongs to shard k mod n; run "
+                "the extraction of those shards again"
+            )
+        if chain([header.digest for header in headers if header is not None]) != end.chain:
+            raise ValueError(_other_data(self.path))
+        if not any(header.image_ids for header in headers if header is not None):
+            problems = [problem for header in headers if header is not None for problem in header.problems]
+            raise ValueError(
+                f"no image could be read, the first one: {problems[0] if problems else 'there is none'}. Is the folder "
+                "of the images (--images) right? The same command tries them again"
+            )
 
     @property
     def end(self) -> End | None:
@@ -180,7 +235,14 @@ class PartsFolder:
         return End(**_read_json(path)) if path.is_file() else None
 
     def write_end(self, end: End) -> None:
-        """Note the end of the data set."""
+        """Note the end of the data set.
+
+        Raises:
+            ValueError: if another shard found another end.
+        """
+        earlier = self.end
+        if earlier is not None and earlier.chain != end.chain:
+            raise ValueError(_other_data(self.path))
         _write(self.path / _END, json.dumps(asdict(end)).encode())
 
     def bad_rows(self) -> BadRows:
@@ -204,13 +266,15 @@ class PartsFolder:
 
     def remove(self) -> None:
         """Delete the folder; what tells that it is one goes last."""
+        if not self.path.is_dir():
+            return
         for path in self.path.iterdir():
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             elif path.name != _RUN:
-                path.unlink()
-        (self.path / _RUN).unlink()
-        self.path.rmdir()
+                path.unlink(missing_ok=True)
+        (self.path / _RUN).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _part(self, number: int) -> Path:
         return self.path / f"part-{number:07d}.arrow"
@@ -251,8 +315,25 @@ def digest(records: Iterable[Record]) -> str:
     """SHA-256 of ids and captions: it tells whether a part belongs to these records."""
     content = hashlib.sha256()
     for record in records:
-        content.update(json.dumps([record.image_id, record.captions]).encode())
+        content.update(record_bytes(record))
     return content.hexdigest()
+
+
+def record_bytes(record: Record) -> bytes:
+    """Id and captions, for a digest."""
+    return json.dumps([record.image_id, record.captions]).encode()
+
+
+def chain(digests: Iterable[str]) -> str:
+    """SHA-256 of the digests of successive parts."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _other_data(path: Path) -> str:
+    return (
+        f"the shards in {path} were made from different data: repeat them with the same options and files, or delete "
+        "that folder to begin anew"
+    )
 
 
 def _to_arrow(features: Array) -> pa.Array:
@@ -274,17 +355,27 @@ def _read_json(path: Path) -> Any:
 def _write(path: Path, content: bytes | pa.Buffer, keep_existing: bool = False) -> None:
     """Write a file in one step, seen from other processes and after a crash."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep_existing:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_existing:
+            _link(temporary, path)
+        else:
             temporary.replace(path)
+    except OSError as error:
+        remedy = "what is finished is kept, and the same command goes on from there"
+        raise OSError(error.errno, f"{error.strerror}; {remedy}", str(path)) from error
+    finally:
         temporary.unlink(missing_ok=True)
-    else:
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless there is one of that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
         temporary.replace(path)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from st_kdmcse.data.images import ImageError, ImageSource, load_image
+from st_kdmcse.data.images import FileSlice, ImageError, ImageSource, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,7 @@ TeacherImage: TypeAlias = "Image.Image | ImageSource | str"
 Preprocess: TypeAlias = "Callable[[Image.Image], torch.Tensor]"
 
 _MANY_BATCHES = 4
+_LONGEST = 100  # times the shorter edge
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _THREE_LETTERS = ["dog", "man", "the", "red", "two", "cat"]
 # What unpickling a broken file raises is more than UnpicklingError.
@@ -195,14 +197,19 @@ def load_pixels(image: TeacherImage, preprocess: Preprocess) -> torch.Tensor:
     """
     from PIL import Image
 
-    if not isinstance(image, Image.Image):
-        return preprocess(load_image(image))
+    name = image if isinstance(image, str | Path | FileSlice) else getattr(image, "filename", "") or "the image"
+    loaded = image if isinstance(image, Image.Image) else load_image(image)
+    if max(loaded.size) > _LONGEST * min(loaded.size):
+        # Scaled so that its shorter edge fits the model, it would fill the memory.
+        raise ImageError(
+            "decompression bomb", f"{name} is too long and thin ({loaded.width} x {loaded.height}): cut it"
+        )
     try:
-        image.load()  # PIL opens files lazily
-    except (OSError, SyntaxError) as error:
-        name = getattr(image, "filename", "") or "the image"
+        return preprocess(loaded)  # PIL opens files lazily: one that the caller opened is read here
+    except MemoryError:
+        raise
+    except Exception as error:  # what decoders raise for broken files is not documented, and is almost anything
         raise ImageError("undecodable image", f"{name} cannot be decoded ({error}): replace it") from error
-    return preprocess(image)
 
 
 def batches(count: int, batch_size: int, description: str, show_progress_bar: bool | None) -> tqdm[slice]:

@@ -161,7 +161,7 @@ def _check_pretrained(model_name: str, pretrained: str) -> None:
     known = f"its tags: {', '.join(tags)}" if tags else "it has none"
     raise ValueError(
         f"open_clip knows no weights {pretrained!r} of {model_name}{_near(pretrained, tags)}; {known}. "
-        "Give one of them, or the path of a checkpoint, as pretrained"
+        "Give one of them, or the path of a checkpoint, as pretrained (--pretrained)"
     )
 
 

@@ -105,6 +105,29 @@ def test_an_image_at_the_limit_loads(monkeypatch, recwarn, most):
     assert not recwarn.list
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["AVIF", "DDS", "TIFF", "GIF"])
+def test_any_damage_is_an_image_error(kind):
+    """Decoders raise more than OSError: RuntimeError, NotImplementedError, AttributeError, ..."""
+    generator = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, kind)
+    except (OSError, KeyError):
+        pytest.skip(f"this PIL cannot write {kind}")
+    encoded = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+    kinds = set()
+    for _ in range(300):
+        damaged = encoded.copy()
+        damaged[generator.integers(0, len(damaged), 3)] = generator.integers(0, 256, 3)
+        try:
+            load_image(damaged.tobytes())
+        except ImageError as error:
+            kinds.add(error.kind)
+    assert "undecodable image" in kinds
+    assert kinds <= {"undecodable image", "decompression bomb"}
+
+
 def test_slices_of_a_tar(tmp_path):
     contents = {"a.png": encoded("RGB", "PNG"), "b.png": encoded("L", "PNG"), "c.jpg": encoded()[:50]}
     path = tmp_path / "shard.tar"

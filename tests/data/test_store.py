@@ -371,7 +371,7 @@ def test_open_names_a_missing_file(folder, name):
 
 
 def test_open_names_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no feature store at .*nowhere.*FeatureStoreWriter"):
+    with pytest.raises(FileNotFoundError, match=r"no feature store at .*nowhere.*st-kdmcse extract"):
         FeatureStore.open(tmp_path / "nowhere")
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from photo_set import IMAGES, content
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from st_kdmcse import FeatureStore
 from st_kdmcse.data.readers import BadRowError, CaptionsCSV, Coco
@@ -324,6 +325,87 @@ def test_parts_of_other_data_or_settings_are_not_mixed(tmp_path, photo_set, read
         extract(changed, teacher, path, **SMALL)
 
 
+def test_shards_of_different_data_are_not_joined(tmp_path, photo_set, reader, teacher):
+    path = tmp_path / "features"
+    folder = copy_tree(photo_set, tmp_path / "other")
+    lines = (folder / "captions.txt").read_text().splitlines()
+    (folder / "captions.txt").write_text("\n".join([lines[0], *lines[60:], *lines[1:60]]) + "\n")
+    other = CaptionsCSV(folder / "captions.txt", folder / "Images")
+    extract(reader, teacher, path, shard=(0, 2), **SMALL)
+    with pytest.raises(ValueError, match=r"shards in .*features.parts were made from different data"):
+        extract(other, teacher, path, shard=(1, 2), **SMALL)
+    with pytest.raises(ValueError, match="made from different data"):
+        merge(path)
+
+
+def test_a_finished_store_is_only_taken_for_the_same_data_and_teacher(tmp_path, photo_set, tiny_open_clip):
+    folder, model = copy_tree(photo_set, tmp_path / "set"), copy_tree(tiny_open_clip, tmp_path / "model")
+    options = ExtractionOptions(str(folder / "captions.txt"), folder / "Images", teacher=str(model), workers=0)
+    path = tmp_path / "features"
+    extract_dataset(options, path)
+    text = (folder / "captions.txt").read_text()
+    (folder / "captions.txt").write_text(text.replace("Photo 17,", "Picture 17,"))
+    with pytest.raises(FileExistsError, match="made with records_sha256"):
+        extract_dataset(options, path)
+    (folder / "captions.txt").write_text(text)
+    assert extract_dataset(options, path).earlier == IMAGES
+    weights = load_file(model / "open_clip_model.safetensors")
+    save_file({name: value * 1.01 for name, value in weights.items()}, model / "open_clip_model.safetensors")
+    with pytest.raises(FileExistsError, match="made with teacher 'open_clip:local-dir:model@"):
+        extract_dataset(options, path)
+
+
+def test_a_wrong_folder_of_images_can_be_mended(tmp_path, photo_set, teacher, whole):
+    (tmp_path / "wrong").mkdir()
+    path = tmp_path / "features"
+    wrong = CaptionsCSV(photo_set / "captions.txt", tmp_path / "wrong", on_error="skip")
+    with pytest.raises(ValueError, match=r"no image could be read.*photo 000.png does not exist.*--images"):
+        extract(wrong, teacher, path, **SMALL)
+    right = CaptionsCSV(photo_set / "captions.txt", photo_set / "Images")
+    assert content(extract(right, teacher, path, **SMALL).path) == content(whole.path)
+
+
+def test_parts_with_holes_are_not_taken_by_who_wants_none(tmp_path, broken, photo_set, teacher, whole):
+    folder, kinds = broken
+    path = tmp_path / "features"
+    lenient = CaptionsCSV(folder / "captions.txt", folder / "Images", on_error="skip")
+    extract(lenient, teacher, path, shard=(0, 2), **SMALL)
+    strict = CaptionsCSV(folder / "captions.txt", folder / "Images")
+    with pytest.raises(BadRowError, match=r"line 2: .*photo 000.png does not exist"):
+        extract(strict, teacher, path, shard=(0, 2), **SMALL)
+    for name in kinds:  # once the images are there, they are read
+        shutil.copy(photo_set / "Images" / name, folder / "Images" / name)
+    assert content(extract(strict, teacher, path, **SMALL).path) == content(whole.path)
+
+
+def test_processes_keep_out_of_each_others_way(tmp_path, reader, teacher):
+    path = tmp_path / "features"
+    extract(reader, teacher, path, shard=(0, 2), **SMALL)
+    parts = PartsFolder(tmp_path / "features.parts")
+    with parts.lock(exclusive=False):  # another shard is at work
+        extract(reader, teacher, path, shard=(1, 2), **SMALL)
+        for call in (lambda: merge(path), lambda: extract(reader, teacher, path, **SMALL)):
+            with pytest.raises(ValueError, match=r"another process is at work in .*features.parts"):
+                call()
+    merge(path)
+    assert names(tmp_path) == ["features"]
+    assert merge(path).num_images == IMAGES  # joined already
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_an_image_that_would_fill_the_memory_once_scaled(tmp_path, photo_set, teacher, size):
+    folder = copy_tree(photo_set, tmp_path / "set")
+    Image.new("RGB", size).save(folder / "Images" / "photo 002.jpg")
+    reader = CaptionsCSV(folder / "captions.txt", folder / "Images", on_error="skip")
+    assert extract(reader, teacher, tmp_path / "features", **SMALL).skipped == {"decompression bomb": 1}
+
+
+def test_images_are_asked_for_before_the_teacher_is_loaded(tmp_path, photo_set):
+    options = ExtractionOptions(str(photo_set / "captions.txt"), teacher="local-dir:nowhere")
+    with pytest.raises(ValueError, match=r"captions.txt does not bring its images: say where they are \(--images\)"):
+        extract_dataset(options, tmp_path / "features")
+
+
 def test_a_damaged_part_is_made_again(tmp_path, reader, teacher, whole, caplog):
     path = tmp_path / "features"
     extract(reader, teacher, path, shard=(0, 2), **SMALL)
@@ -396,5 +478,7 @@ def test_captions_of_another_teacher(tmp_path, photo_set, tiny_open_clip, tiny_c
 
 def test_the_manifest_of_a_store_is_json_with_its_source(tmp_path, reader, teacher):
     store = extract(reader, teacher, tmp_path / "features", source={"captions": "captions.txt"}, **SMALL).store
-    assert json.loads((store.path / "manifest.json").read_text())["source"] == {"captions": "captions.txt"}
+    source = json.loads((store.path / "manifest.json").read_text())["source"]
+    assert source["captions"] == "captions.txt"
+    assert len(source["records_sha256"]) == 64
     assert FeatureStore.open(store.path, verify=True).shared_space

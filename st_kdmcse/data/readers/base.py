@@ -209,8 +209,7 @@ class ImageCaptionReader(ABC):
             ValueError: if there is no good record at all, or a file is not what its reader expects.
         """
         self.problems = Problems(self.problems.on_error, on_problem=self.on_problem)
-        if self.limit is not None and self._threshold is None:
-            self._threshold = self._find_threshold(self.limit)
+        self._draw()
         any_good = False
         for record in self._unique():
             if self._threshold is not None and self._hash(record.image_id) > self._threshold:
@@ -228,6 +227,7 @@ class ImageCaptionReader(ABC):
         Args:
             show_progress_bar: None shows one in a terminal if it takes more than two seconds.
         """
+        self._draw()
         reader = copy.copy(self)
         reader.problems = Problems("skip")
         images = captions = 0
@@ -297,6 +297,11 @@ class ImageCaptionReader(ABC):
         # Seeded by the image: the draw does not depend on what was read before.
         drawn = random.Random(f"{self.seed}:{record.image_id}").sample(range(count), self.captions_per_image)
         return replace(record, captions=tuple(record.captions[position] for position in sorted(drawn)))
+
+    def _draw(self) -> None:
+        """Find out, once, which images a ``limit`` leaves."""
+        if self.limit is not None and self._threshold is None:
+            self._threshold = self._find_threshold(self.limit)
 
     def _hash(self, image_id: str) -> int:
         key = f"{self.seed}:{image_id}".encode()

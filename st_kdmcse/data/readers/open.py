@@ -110,7 +110,9 @@ def _recognise(captions: str | Path | Sequence[str | Path]) -> str:
     if not path.exists():
         if is_shard_pattern(captions):
             return "webdataset"
-        raise FileNotFoundError(f"{captions} does not exist; for a data set of the Hugging Face hub give format='hub'")
+        raise FileNotFoundError(
+            f"{captions} does not exist; for a data set of the Hugging Face hub give its format, 'hub'"
+        )
     return _recognise_file(existing_file(path))
 
 

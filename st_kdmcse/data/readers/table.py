@@ -169,7 +169,11 @@ class CaptionTable(ImageCaptionReader):
                 message = f"{path} is no file: download the images, by img2dataset for example, and read what it writes"
                 self.problems.add("no image file", where, message)
                 return None
-            source = None if self._images is None else self._images / path
+            source = Path(path)
+            if self._images is not None:
+                source = self._images / path
+            elif not source.is_absolute():  # without a folder, a relative path says nothing
+                source = None
         texts = tuple(caption for caption in captions if self._has_text(caption, where))
         image_id = str(path) if row is None else f"{self._path.name}#{row}"
         return Record(image_id, source, texts, where) if texts else None

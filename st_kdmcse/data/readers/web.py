@@ -28,7 +28,8 @@ class WebDataset(ImageCaptionReader):
     are given as slices of the tar: they are read only by those who need them.
 
     Args:
-        shards: a tar; several; a folder of them; or a pattern such as ``cc12m/{00000..00331}.tar``.
+        shards: a tar; several; a folder of them; or a pattern such as ``cc12m/{00000..00331}.tar`` or
+            ``cc12m/*.tar``.
         caption_key: "auto" takes the ``.txt``, or "caption" of the ``.json`` where there is none; any other name is a
             key of the ``.json``. Its value is a text, or a list of them.
         options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
@@ -140,8 +141,12 @@ class WebDataset(ImageCaptionReader):
 
 
 def is_shard_pattern(shards: str | Path) -> bool:
-    """Whether a name has a part such as ``{00000..00331}``."""
-    return bool(_RANGE.search(str(shards)))
+    """Whether a name has a part such as ``{00000..00331}``, or is a pattern such as ``cc12m/*.tar``."""
+    return bool(_RANGE.search(str(shards))) or _is_glob(str(shards))
+
+
+def _is_glob(name: str) -> bool:
+    return "*" in name and name.endswith(".tar")
 
 
 def _find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -157,10 +162,17 @@ def _find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise FileNotFoundError(f"there is no .tar in the folder {path}")
             found += inside
         else:
-            found += [path] if path.is_file() else _expanded(str(shard))
+            found += [path] if path.is_file() else _globbed(path) if _is_glob(str(shard)) else _expanded(str(shard))
     missing = [path for path in found if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"there is no shard {missing[0]}; {len(missing)} of {len(found)} shards are missing")
+    return found
+
+
+def _globbed(pattern: Path) -> list[Path]:
+    found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    if not found:
+        raise FileNotFoundError(f"there is no file {pattern}")
     return found
 
 

@@ -169,7 +169,7 @@ def test_missing_files(tmp_path, write, format_):
 
 
 def test_a_name_on_the_hub_is_asked_for():
-    with pytest.raises(FileNotFoundError, match="owner/name does not exist; .* give format='hub'"):
+    with pytest.raises(FileNotFoundError, match="owner/name does not exist; .* give its format, 'hub'"):
         open_captions("owner/name")
     with pytest.raises(ConnectionError, match="owner/name"):  # the tests are offline
         open_captions("owner/name", format="hub")

@@ -135,6 +135,13 @@ def parquet(target, **columns):
     return target
 
 
+def test_absolute_paths_need_no_folder(table, images):
+    path = table("tsv", [(str(images / "a.jpg"), "one"), ("b.jpg", "two")])
+    absolute, relative = CaptionTable(path)
+    assert absolute.image == images / "a.jpg"
+    assert relative.image is None
+
+
 @pytest.mark.parametrize("kind", ["bytes", "struct"])
 def test_images_in_the_table(tmp_path, jpeg, read, kind):
     contents = [jpeg(number) for number in range(150)]

@@ -212,6 +212,8 @@ def test_ways_to_give_shards(tmp_path, sample):
         return [record.image_id for record in WebDataset(shards)]
 
     assert ids(tmp_path) == ids(str(tmp_path)) == ids(f"{tmp_path}/{{00008..00012}}.tar") == everything
+    assert ids(f"{tmp_path}/*.tar") == everything
+    assert ids(f"{tmp_path}/0000*.tar") == everything[:2]
     assert ids(tmp_path / "{00008..00012}.tar") == everything
     assert ids([tmp_path / "00009.tar", f"{tmp_path}/{{00011..00012}}.tar"]) == [
         everything[position] for position in (1, 3, 4)
