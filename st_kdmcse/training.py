@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
+import math
 import shutil
 import signal
 import sys
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -25,13 +24,13 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from st_kdmcse import __version__
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.losses import KDMCSELoss, MCSELoss, SimCSELoss
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.processes import cpu_only, processes
+from st_kdmcse.provenance import device_name, versions, write_json
 from st_kdmcse.student import build_student
 from st_kdmcse.trainer import KDMCSETrainer
 
@@ -39,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 METRIC = "eval_sts-dev_spearman_cosine"
 SUMMARY_NAME = "training_summary.json"
-_RUN_NAME = "run.json"
-_CHECKPOINTS = "checkpoints"
+RUN_NAME = "run.json"
+CHECKPOINTS_NAME = "checkpoints"
 _FEATURES = "features"
-_LAST = "last"
+LAST_NAME = "last"
 _STATE_FILES = (
     "optimizer.pt",
     "scheduler.pt",
@@ -211,7 +210,7 @@ METHODS: dict[str, Method] = {
 """The methods of Tables 1, 3 and 5 by name."""
 
 
-def train(options: TrainingOptions) -> dict[str, Any]:
+def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[str, Any]:
     """Train a student and save it as a stock sentence-transformers model.
 
     ``output_dir`` then holds the model with the best STS-B dev score, its heads (``heads/``), the last model
@@ -219,12 +218,14 @@ def train(options: TrainingOptions) -> dict[str, Any]:
 
     Args:
         options: what to train.
+        stop: what listens for Ctrl-C, to ask it afterwards; one that came with the last step does not stop this run.
 
     Returns:
         The content of ``training_summary.json``.
 
     Raises:
-        ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded.
+        ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded; ValueError also
+            if training has diverged.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
     state = processes()
@@ -243,8 +244,8 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
     if evaluator and "score_before" not in run and state.is_main_process:
         run["score_before"] = spearman(evaluator, model)
-        _write_json(options.output_dir / _RUN_NAME, run)
-    stop = _StopOnSignal()
+        write_json(options.output_dir / RUN_NAME, run)
+    stop = stop or StopOnSignal()
     trainer = KDMCSETrainer(
         model,
         arguments,
@@ -263,14 +264,43 @@ def train(options: TrainingOptions) -> dict[str, Any]:
         raise Interrupted(f"stopped; {last} holds everything: run the same command with --resume to go on")
     summary: dict[str, Any] = {}
     if state.is_main_process:
+        _check_converged(trainer)
         trainer.save_model(str(options.output_dir))
         (options.output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
         if evaluator and last is not None:
-            _copy_model(last, options.output_dir / _LAST)
+            _copy_model(last, options.output_dir / LAST_NAME)
         summary = _summary(options, trainer, run, inputs, seconds)
-        _write_json(options.output_dir / SUMMARY_NAME, summary)
+        write_json(options.output_dir / SUMMARY_NAME, summary)
     state.wait_for_everyone()
     return summary
+
+
+def changes_since_start(options: TrainingOptions) -> list[str]:
+    """What differs between the run in ``output_dir``, finished or not, and these options and data.
+
+    Args:
+        options: with features, if there are any, in a feature store.
+
+    Returns:
+        Each difference in words, such as "max_steps was 100, is 200"; nothing if there is no run yet.
+
+    Raises:
+        ValueError, FileNotFoundError: if the record of the run is damaged, or the data are not there.
+    """
+    path = options.output_dir / RUN_NAME
+    if not path.is_file():
+        return []
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        checksums = {}
+        if options.text is not None:
+            checksums["text"] = sha256_file(options.text)
+        if options.features is not None:
+            checksums["features"] = FeatureStore.open(options.features).checksum
+        # Whether the encoder is a RoBERTa decides only defaults, which are not compared.
+        return _changes(earlier, _record(options, checksums, _arguments(options, roberta=False)))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder to train anew") from error
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
@@ -280,7 +310,7 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
         output_dir: the directory that :func:`train` was given.
     """
     complete = []
-    for path in (output_dir / _CHECKPOINTS).glob("checkpoint-*"):
+    for path in (output_dir / CHECKPOINTS_NAME).glob("checkpoint-*"):
         # The trainer state is written after everything else: with it, a checkpoint is whole.
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -370,13 +400,13 @@ def _check_output_dir(options: TrainingOptions) -> None:
     if options.extraction is not None and found and all(name.startswith(_FEATURES) for name in found):
         return  # an extraction that was interrupted or finished, and no training yet
     if options.resume:
-        if found and not (output_dir / _RUN_NAME).is_file():
-            raise ValueError(f"--output-dir {output_dir} holds no run to resume: there is no {_RUN_NAME} in it")
+        if found and not (output_dir / RUN_NAME).is_file():
+            raise ValueError(f"--output-dir {output_dir} holds no run to resume: there is no {RUN_NAME} in it")
         if (output_dir / SUMMARY_NAME).is_file():
             raise ValueError(f"the run in {output_dir} is finished: its results are in {output_dir / SUMMARY_NAME}")
     elif found:
         remedy = "choose another directory"
-        if (output_dir / _RUN_NAME).is_file():
+        if (output_dir / RUN_NAME).is_file():
             remedy = f"add --resume to go on with it, or {remedy}"
         elif found == {_FEATURES}:
             remedy = f"move the converted features in it away and give them as --features, or {remedy}"
@@ -387,38 +417,47 @@ def _claim(
     options: TrainingOptions, inputs: _Inputs, arguments: SentenceTransformerTrainingArguments
 ) -> dict[str, Any]:
     """The record of the run; a resumed one must have been started with the same options and data."""
-    described = json.loads(json.dumps(asdict(options), default=str))
-    run: dict[str, Any] = {
-        "options": described,
+    run = _record(options, inputs.checksums, arguments)
+    path = options.output_dir / RUN_NAME
+    if path.is_file():
+        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        changes = _changes(earlier, run)
+        if changes:
+            raise ValueError(f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}")
+        return earlier
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, run)
+    return run
+
+
+def _record(
+    options: TrainingOptions, checksums: Mapping[str, str], arguments: SentenceTransformerTrainingArguments
+) -> dict[str, Any]:
+    return {
+        "options": json.loads(json.dumps(asdict(options), default=str)),
         "processes": arguments.world_size,
         "bf16": arguments.bf16,
         "batch_size": arguments.per_device_train_batch_size,
         "learning_rate": arguments.learning_rate,
-        "data_sha256": inputs.checksums,
+        "data_sha256": dict(checksums),
     }
-    path = options.output_dir / _RUN_NAME
-    if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        before, now = (
-            {**record["options"], "processes": record["processes"], "bf16": record["bf16"]} for record in (earlier, run)
-        )
-        changes = [
-            f"{name} was {before[name]!r}, is {value!r}"
-            for name, value in now.items()
-            if name not in _FREE_TO_CHANGE and name in before and before[name] != value
-        ]
-        checksums = earlier["data_sha256"], run["data_sha256"]
-        changes += [
-            f"the {name} data have changed"
-            for name in sorted({*checksums[0], *checksums[1]})
-            if checksums[0].get(name) != checksums[1].get(name)
-        ]
-        if changes:
-            raise ValueError(f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}")
-        return dict(earlier)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(path, run)
-    return run
+
+
+def _changes(earlier: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    before, now = (
+        {**record["options"], "processes": record["processes"], "bf16": record["bf16"]} for record in (earlier, run)
+    )
+    changes = [
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in _FREE_TO_CHANGE and name in before and before[name] != value
+    ]
+    checksums = earlier["data_sha256"], run["data_sha256"]
+    return changes + [
+        f"the {name} data have changed"
+        for name in sorted({*checksums[0], *checksums[1]})
+        if checksums[0].get(name) != checksums[1].get(name)
+    ]
 
 
 def _encoder_type(model: str) -> str:
@@ -435,7 +474,7 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
     cuda = torch.cuda.is_available()
     evaluates = options.eval_steps > 0
     return SentenceTransformerTrainingArguments(
-        output_dir=str(options.output_dir / _CHECKPOINTS),
+        output_dir=str(options.output_dir / CHECKPOINTS_NAME),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         per_device_train_batch_size=options.batch_size or (128 if roberta else 64),
@@ -470,6 +509,15 @@ def sts_evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:
 def spearman(evaluator: EmbeddingSimilarityEvaluator, model: SentenceTransformer) -> float:
     """The main score of a model, from -1 to 1."""
     return float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])
+
+
+def _check_converged(trainer: KDMCSETrainer) -> None:
+    for entry in trainer.state.log_history:
+        if METRIC in entry and not math.isfinite(entry[METRIC]):
+            raise ValueError(
+                f"training diverged: the score on STS-B dev at step {entry['step']} is not a number; train anew with a "
+                "smaller --lr"
+            )
 
 
 def _summary(
@@ -507,18 +555,9 @@ def _summary(
             "device": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
             "process": _peak_memory_mib(),
         },
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "versions": _versions(),
+        "device": device_name(),
+        "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("sentence-transformers", "transformers", "torch", "datasets")
-    return {
-        "st-kdmcse": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in libraries},
     }
 
 
@@ -536,20 +575,19 @@ def _copy_model(checkpoint: Path, target: Path) -> None:
     shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*_STATE_FILES), dirs_exist_ok=True)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finish the step, write a checkpoint and stop; a second Ctrl-C stops at once.
 
-
-class _StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finish the step, write a checkpoint and stop; a second Ctrl-C stops at once."""
+    Attributes:
+        requested: whether a signal came.
+    """
 
     def __init__(self) -> None:
         self.requested = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Take the place of the signals' handlers meanwhile."""
         previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -564,6 +602,7 @@ class _StopOnSignal(TrainerCallback):
         logger.warning("stopping after this step; a checkpoint will be written (Ctrl-C again to stop at once)")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop after this step if a signal came."""
         if args.world_size > 1:  # processes may get the signal at different steps, and must stop at the same
             flag = torch.tensor(int(self.requested), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

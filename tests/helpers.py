@@ -1,6 +1,7 @@
 """What several test modules use."""
 
 import os
+import runpy
 import shutil
 import socket
 from pathlib import Path
@@ -24,3 +25,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def load_command(script: str):
+    """The command of a script, for click's CliRunner.
+
+    Args:
+        script: path from the repository root, such as "evaluation/sts.py".
+    """
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / script))["main"]

@@ -7,6 +7,8 @@ from photo_set import content
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from st_kdmcse import KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student, functional
+from st_kdmcse.data import STSPairs, STSTask
+from st_kdmcse.evaluation.sts import evaluate_sts
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -72,3 +74,14 @@ def test_extraction_in_half_precision_resumed_by_shards(tmp_path, photo_set, tin
         extract_dataset(options, again, shard=(index, 2))
     merge(again)
     assert content(again) == content(path)
+
+
+def test_sts_scores_are_those_of_the_cpu(tiny_bert, sentences):
+    pairs = STSPairs(sentences[:100], sentences[100:200], torch.linspace(0, 5, 100).tolist(), "random")
+    model = build_student(str(tiny_bert))
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)  # far apart: rounding does not decide about ranks
+    results = [evaluate_sts(model.to(device), [STSTask("STS12", (pairs,))]) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(*(torch.tensor(each.similarities["STS12"]) for each in results), rtol=1e-4, atol=1e-5)
+    assert abs(results[0].spearman["STS12"] - results[1].spearman["STS12"]) <= 0.02

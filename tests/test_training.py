@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse import FeatureStore
+from st_kdmcse.data import true_pair_score
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.training import METHODS, TrainingOptions, latest_checkpoint, train
 
@@ -133,6 +134,22 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
     assert isinstance(config["text_threshold"], float)
     assert config["filter_negatives"] is True
     assert config["text_soft_label"] == "image-image"
+
+
+def test_threshold_sets_both_branches_apart_from_the_one_that_is_given(arguments, tmp_path):
+    flags = arguments(threshold=0.4, **{"max-steps": 2, "eval-steps": 0, "image-threshold": "none"})
+    assert run(flags).exit_code == 0
+    one = json.loads((tmp_path / "out" / "training_summary.json").read_text())["config"]
+    assert (one["image_threshold"], one["text_threshold"]) == (None, 0.4)
+    flags = arguments(threshold="auto", **{"max-steps": 2, "eval-steps": 0, "output-dir": tmp_path / "auto"})
+    assert run(flags).exit_code == 0
+    auto = json.loads((tmp_path / "auto" / "training_summary.json").read_text())["config"]
+    store = FeatureStore.open(flags[flags.index("--features") + 1])
+    assert auto["image_threshold"] == true_pair_score(store, "text-image")
+    assert auto["text_threshold"] == true_pair_score(store, "text-text")
+    refused = run(["--demo", "--threshold", "auto"])
+    assert refused.exit_code == 2
+    assert "--demo is a fixed run" in refused.output
 
 
 @pytest.mark.parametrize(("encoder", "expected"), [("tiny_bert", (64, 3e-5)), ("tiny_roberta", (128, 1e-5))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -65,7 +66,10 @@ def training_command(dataset: str) -> Callable[[Command], click.Command]:
 
 
 def config_options(command: Command) -> Command:
-    """Give a command an option for every field of :class:`KDMCSEConfig`; one that is not given is None."""
+    """Give a command an option for every field of :class:`KDMCSEConfig`; one that is not given is None.
+
+    Two fields have a short form, which the command does not see: ``--threshold`` sets both thresholds.
+    """
     types = get_type_hints(KDMCSEConfig)
     for option in reversed([option for option in fields(KDMCSEConfig) if option.name != "teacher"]):
         flag = "--" + option.name.replace("_", "-")
@@ -78,7 +82,23 @@ def config_options(command: Command) -> Command:
             kind = click.Choice(get_args(kind))
         text = f"{option.metadata['help']}  [paper: {option.default}; released: {_released(option.name)}]"
         command = click.option(flag, option.name, type=kind, default=None, help=text)(command)
-    return command
+    return _threshold_option(command)
+
+
+def _threshold_option(command: Command) -> Command:
+    """Give a command ``--threshold``, and its value as that of the thresholds which are not given."""
+
+    @wraps(command)
+    def with_both(threshold: float | str | None, **arguments: Any) -> Any:
+        context = click.get_current_context()
+        for name in ("image_threshold", "text_threshold"):
+            if threshold is not None and arguments[name] is None:
+                arguments[name] = threshold
+                context.set_parameter_source(name, context.get_parameter_source("threshold") or ParameterSource.DEFAULT)
+        return command(**arguments)
+
+    text = "short for both --image-threshold and --text-threshold; either of them goes before it"
+    return click.option("--threshold", type=_ThresholdType(), default=None, help=text)(with_both)
 
 
 def training_options(command: Command, output_dir: Path) -> Command:

@@ -19,11 +19,12 @@ from st_kdmcse.data.readers import (
 from st_kdmcse.data.released import import_released_json
 from st_kdmcse.data.sentences import iter_sentences, read_sentences
 from st_kdmcse.data.store import FeatureBatch, FeatureStore
-from st_kdmcse.data.sts import STSPairs, load_sts_benchmark
+from st_kdmcse.data.sts import STS_TASKS, STSPairs, STSTask, load_sts_benchmark, load_sts_tasks
 from st_kdmcse.data.thresholds import true_pair_score
 from st_kdmcse.data.writer import FeatureStoreWriter
 
 __all__ = [
+    "STS_TASKS",
     "BadRowError",
     "CaptionTable",
     "CaptionsCSV",
@@ -38,12 +39,14 @@ __all__ = [
     "Karpathy",
     "Record",
     "STSPairs",
+    "STSTask",
     "StoreReport",
     "WebDataset",
     "import_released_json",
     "inspect_store",
     "iter_sentences",
     "load_sts_benchmark",
+    "load_sts_tasks",
     "open_captions",
     "read_sentences",
     "sha256_file",

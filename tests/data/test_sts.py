@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from st_kdmcse.data.sts import load_sts_benchmark
+from st_kdmcse.data.sts import STS_TASKS, load_sts_benchmark, load_sts_tasks
 
 ROW = "main-news\tMSRvid\t2012test\t0001\t{score}\t{one}\t{two}\n"
 
@@ -148,3 +148,118 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"nobody/stsb did not load from the hub.*give a SentEval folder"):
         load_sts_benchmark("nobody/stsb", "dev")
+
+
+INPUT = "two\t words \u0085 here\nA b\tc d\ne\tf\tfurther\tcolumns\n"
+
+
+@pytest.fixture
+def sts13(tmp_path):
+    """A function that writes STS13 with one subset's files as given."""
+
+    def write(sentences=INPUT, gold="1.5\n\n5.000\n", root="STS"):
+        folder = tmp_path / root / "STS13-en-test"
+        folder.mkdir(parents=True, exist_ok=True)
+        for subset in ("FNWN", "headlines"):
+            (folder / f"STS.input.{subset}.txt").write_text("a\tb\n")
+            (folder / f"STS.gs.{subset}.txt").write_text("2\n")
+        (folder / "STS.input.OnWN.txt").write_bytes(sentences.encode() if isinstance(sentences, str) else sentences)
+        (folder / "STS.gs.OnWN.txt").write_text(gold)
+        return tmp_path
+
+    return write
+
+
+def test_real_tasks(shared_data):
+    tasks = {task.name: task for task in load_sts_tasks(shared_data / "senteval")}
+    assert {"STS12", "STS-B"} <= set(tasks)
+    assert {subset.name: len(subset) for subset in tasks["STS12"].subsets} == {
+        "MSRpar": 750,
+        "MSRvid": 750,
+        "SMTeuroparl": 459,
+        "surprise.OnWN": 750,
+        "surprise.SMTnews": 399,
+    }
+    assert len(tasks["STS12"]) == len(tasks["STS12"].places) == 3108
+    assert len(tasks["STS-B"]) == 1379
+    (trial,) = load_sts_tasks(shared_data / "senteval", ["SICK-R"], "dev")
+    assert len(trial) == 500
+    assert (min(trial.scores), max(trial.scores)) == (1, 5)
+    assert trial.places[0].endswith("SICK_trial.txt, line 2")
+    assert [task.name for task in load_sts_tasks(shared_data / "senteval", split="train")] == ["STS-B", "SICK-R"]
+
+
+@pytest.mark.parametrize("root", ["", "STS", "downstream/STS", "data/downstream/STS"])
+def test_a_year_of_several_subsets(sts13, root):
+    (task,) = load_sts_tasks(sts13(root=root))
+    assert (task.name, [subset.name for subset in task.subsets]) == ("STS13", ["FNWN", "headlines", "OnWN"])
+    onwn = task.subsets[2]
+    # A blank gold score is no gold: the pair is left out, and no other moves into its place.
+    assert (onwn.sentences1, onwn.sentences2, onwn.scores) == (["two", "e"], ["words here", "f"], [1.5, 5.0])
+    assert [place[-6:] for place in onwn.places] == ["line 1", "line 3"]
+    assert (task.sentences1, task.scores) == (["a", "a", "two", "e"], [2, 2, 1.5, 5])
+
+
+def test_the_checksum_is_of_the_content(sts13):
+    (first,) = load_sts_tasks(sts13())
+    (same,) = load_sts_tasks(sts13(sentences=INPUT.replace("A b", "A  c")))  # a pair without gold
+    (other,) = load_sts_tasks(sts13(gold="1.5\n\n4.9\n"))
+    assert first.checksum == same.checksum != other.checksum
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"gold": "1\n2\n"}, r"STS.gs.OnWN.txt has 2 lines, .*STS.input.OnWN.txt has 3.*copy both"),
+        ({"gold": "1\nhigh\n3\n"}, r"STS.gs.OnWN.txt, line 2: the score 'high' is not a number from 0 to 5"),
+        ({"gold": "1\n\n5.01\n"}, r"STS.gs.OnWN.txt, line 3: the score '5.01' is not"),
+        ({"gold": "\n\n\n"}, r"STS.input.OnWN.txt is empty: no pair with a score"),
+        ({"sentences": "a\tb\nc d\ne\tf\n", "gold": "1\n2\n3\n"}, r"STS.input.OnWN.txt, line 2: 1 tab-separated"),
+        ({"sentences": b"a\tb\nc\td\n\xff\tf\n"}, r"STS.input.OnWN.txt, line 3: not UTF-8"),
+    ],
+)
+def test_malformed_years_are_named(sts13, files, message):
+    with pytest.raises(ValueError, match=message):
+        load_sts_tasks(sts13(**files))
+
+
+def test_a_year_with_a_missing_file(sts13):
+    folder = sts13()
+    (folder / "STS/STS13-en-test/STS.gs.headlines.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"STS.gs.headlines.txt is missing: copy the whole STS13-en-test"):
+        load_sts_tasks(folder)
+
+
+def test_sick_without_its_header(tmp_path):
+    (tmp_path / "SICK").mkdir()
+    (tmp_path / "SICK" / "SICK_test_annotated.txt").write_text("1\ta b\tc\t3.5\tNEUTRAL\n")
+    with pytest.raises(ValueError, match=r"SICK_test_annotated.txt, line 1: the header is .*expected pair_ID"):
+        load_sts_tasks(tmp_path)
+
+
+def test_tasks_that_are_not_there(sts13, tmp_path):
+    folder = sts13()
+    assert load_sts_tasks(folder, ["STS12", "STS13", "SICK-R"])[0].name == "STS13"
+    with pytest.raises(ValueError, match="holds none of STS12"):
+        load_sts_tasks(folder, ["STS12"])
+    with pytest.raises(ValueError, match="unknown STS task STSB: choose from STS12"):
+        load_sts_tasks(folder, ["STSB"])
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        load_sts_tasks(tmp_path / "nowhere")
+
+
+def test_the_layout_of_the_hub(tmp_path, caplog):
+    for name in ("sts12", "sts13", "sts14", "sts15", "sts16", "stsbenchmark", "sickr"):
+        table = {"sentence1": ["a  b", "c"], "sentence2": ["d", "e"], "score": [1.0, 4.0]}
+        parquet(tmp_path / f"{name}-sts", test=table)
+    tasks = load_sts_tasks(tmp_path)
+    assert tuple(task.name for task in tasks) == STS_TASKS
+    assert all((task.sentences1, task.scores) == (["a b", "c"], [1, 4]) for task in tasks)
+    assert tasks[0].places[1].endswith("split test, row 1")
+    assert "2 pairs where the test set of SentEval has 4927" in caplog.text
+
+
+def test_an_organisation_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="nobody/sts12-sts did not load from the hub"):
+        load_sts_tasks("nobody")

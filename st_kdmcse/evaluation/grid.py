@@ -1,0 +1,237 @@
+"""Grids of training runs: methods or margins times seeds, resumed after an interruption, none done twice."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_kdmcse.data import import_released_json
+from st_kdmcse.provenance import write_json
+from st_kdmcse.training import (
+    CHECKPOINTS_NAME,
+    METHODS,
+    RUN_NAME,
+    SUMMARY_NAME,
+    Interrupted,
+    StopOnSignal,
+    TrainingOptions,
+    changes_since_start,
+    train,
+)
+
+logger = logging.getLogger(__name__)
+
+_FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """What became of the runs of a grid.
+
+    Attributes:
+        finished: folders of the finished runs, in the order of the grid.
+        failed: folders of the others, with the error.
+    """
+
+    finished: list[Path] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
+
+
+def method_grid(
+    root: Path, methods: Sequence[str], seeds: Sequence[int], config: Mapping[str, Any] | None = None, **options: Any
+) -> list[TrainingOptions]:
+    """Runs of several methods over seeds, as in Tables 3 and 5 of the paper.
+
+    Args:
+        root: the runs go to ``root/METHOD/seed-SEED``.
+        methods: names of :data:`~st_kdmcse.training.METHODS`.
+        seeds: a run each.
+        config: options of :class:`~st_kdmcse.KDMCSEConfig`; a method gets those that it reads.
+        options: further options of :class:`~st_kdmcse.training.TrainingOptions`, the same for all. SimCSE gets the
+            captions as well, so that all methods see the same sentences.
+
+    Returns:
+        The runs, method by method.
+
+    Raises:
+        ValueError: for options out of range, a method or seed that is named twice, or an option that no method reads.
+    """
+    config = config or {}
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"there is no method {method!r}: choose from {', '.join(METHODS)}")
+    unread = [name for name in config if not any(name in METHODS[method].reads for method in methods)]
+    if unread:
+        raise ValueError(f"none of the methods {', '.join(methods)} has the option {', '.join(sorted(unread))}")
+    return _checked(
+        TrainingOptions(
+            method=method,
+            seed=seed,
+            output_dir=Path(root) / method / f"seed-{seed}",
+            config={name: value for name, value in config.items() if name in METHODS[method].reads},
+            **options,
+        )
+        for method in methods
+        for seed in seeds
+    )
+
+
+def margin_grid(
+    root: Path, margins: Sequence[float], seeds: Sequence[int], config: Mapping[str, Any] | None = None, **options: Any
+) -> list[TrainingOptions]:
+    """Runs of KDMCSE with several margins over seeds, as in Figure 7 of the paper.
+
+    Args:
+        root: the runs go to ``root/margin-MARGIN/seed-SEED``.
+        margins: m of Eq. 12 in radians, in [0, pi].
+        seeds: a run each.
+        config: further options of :class:`~st_kdmcse.KDMCSEConfig`.
+        options: further options of :class:`~st_kdmcse.training.TrainingOptions`, the same for all.
+
+    Returns:
+        The runs, margin by margin.
+
+    Raises:
+        ValueError: for options out of range, or a margin or seed that is named twice.
+    """
+    return _checked(
+        TrainingOptions(
+            method="kdmcse",
+            seed=seed,
+            output_dir=Path(root) / f"margin-{margin:g}" / f"seed-{seed}",
+            config={**(config or {}), "margin": margin},
+            **options,
+        )
+        for margin in margins
+        for seed in seeds
+    )
+
+
+def shared_features(root: Path, features: Path | None) -> Path | None:
+    """The feature store of a grid; a JSON file of the KDMCSE authors' format is converted once, for all its runs.
+
+    Args:
+        root: the folder of the grid; the converted features go to ``root/features``.
+        features: a feature store, such a file, or None.
+
+    Raises:
+        ValueError, FileNotFoundError: if there is no such store or file, or it is malformed.
+    """
+    if features is None or features.is_dir():
+        return features
+    if not features.exists():
+        raise FileNotFoundError(f"--features {features} does not exist")
+    made = Path(root) / _FEATURES
+    if not made.exists():
+        import_released_json(features, made)
+    return made
+
+
+def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False) -> GridResult:
+    """Train the runs that are not finished, one after the other.
+
+    A finished run is left as it is, an interrupted one goes on from its newest checkpoint. A run that fails is recorded
+    in a file beside its folder (``seed-0.failed.json``) and is tried again the next time; the others go on.
+
+    Args:
+        runs: from :func:`method_grid` or :func:`margin_grid`.
+        keep_checkpoints: keep the states of the trainer of finished runs, which are several times the size of a model.
+
+    Returns:
+        Which are finished and which failed.
+
+    Raises:
+        ValueError: if a run was started with other options or data; names the run and what differs, before anything is
+            trained.
+        FileNotFoundError: if the data are not there.
+        Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written. The same call goes on from there.
+    """
+    _check_data(runs[0])
+    for options in runs:
+        changes = changes_since_start(options)
+        if changes:
+            raise ValueError(
+                f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}. "
+                "Give the options of then, choose another folder for the grid, or remove that run to train it anew"
+            )
+    result = GridResult()
+    done = [options for options in runs if _is_finished(options)]
+    started, trained = time.perf_counter(), 0
+    for number, options in enumerate(runs, start=1):
+        if options not in done:
+            _announce(options, number, len(runs), len(done), trained, time.perf_counter() - started)
+            error = _train(options)
+            if error is not None:
+                result.failed[options.output_dir] = error
+                continue
+            done.append(options)
+            trained += 1
+        result.finished.append(options.output_dir)
+        if not keep_checkpoints:
+            shutil.rmtree(options.output_dir / CHECKPOINTS_NAME, ignore_errors=True)
+    if not trained and not result.failed:
+        logger.info("all %d runs were finished before", len(runs))
+    return result
+
+
+def _checked(options: Any) -> list[TrainingOptions]:
+    runs = list(options)
+    if not runs:
+        raise ValueError("there is no run in the grid: name at least one method (or margin) and one seed")
+    folders = [run.output_dir for run in runs]
+    twice = sorted({str(folder) for folder in folders if folders.count(folder) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: named twice in the grid")
+    return runs
+
+
+def _check_data(options: TrainingOptions) -> None:
+    """What would stop every run stops the grid."""
+    for name in ("text", "features"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"--{name} {path} does not exist")
+
+
+def _is_finished(options: TrainingOptions) -> bool:
+    return (options.output_dir / SUMMARY_NAME).is_file()
+
+
+def _announce(options: TrainingOptions, number: int, total: int, done: int, trained: int, seconds: float) -> None:
+    left = f", about {seconds / trained * (total - done) / 60:.0f} min left" if trained else ""
+    verb = "go on with" if (options.output_dir / RUN_NAME).is_file() else "train"
+    logger.info("run %d of %d: %s %s (%d finished%s)", number, total, verb, options.output_dir, done, left)
+
+
+def _train(options: TrainingOptions) -> str | None:
+    """Train or go on; the error, if there is one."""
+    record = options.output_dir.with_name(f"{options.output_dir.name}.failed.json")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # the summary states the run's own
+    stop = StopOnSignal()
+    try:
+        train(replace(options, resume=(options.output_dir / RUN_NAME).is_file()), stop)
+    except Interrupted as interruption:
+        raise Interrupted(f"stopped in {options.output_dir}; the same command goes on from there") from interruption
+    except Exception as error:  # noqa: BLE001 - whatever befalls a run, the others go on
+        message = f"{type(error).__name__}: {error}"
+        content = {"error": message, "traceback": traceback.format_exc().splitlines()}
+        write_json(record, {**content, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+        logger.error("the run in %s failed and is left out: %s (details: %s)", options.output_dir, message, record)
+        return message
+    finally:
+        gc.collect()  # a trainer and its model refer to each other
+    record.unlink(missing_ok=True)
+    if stop.requested:
+        raise Interrupted(f"stopped; {options.output_dir} is finished, and the same command goes on with the next run")
+    return None

@@ -1,0 +1,486 @@
+"""The report of a comparison: Markdown with plots, one HTML page, and JSON."""
+
+# ruff: noqa: RUF001 - true minus and times signs in what people read
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from st_kdmcse.data.sts import STS_TASKS
+from st_kdmcse.evaluation.comparison import AVERAGE, PRESENT, SIGNIFICANCE, Comparison, Pair
+from st_kdmcse.evaluation.document import (
+    Block,
+    Bullets,
+    Heading,
+    Paragraph,
+    Plot,
+    Table,
+    save_plots,
+    to_html,
+    to_markdown,
+)
+from st_kdmcse.evaluation.plots import COLORS, MARKERS, new_figure
+from st_kdmcse.evaluation.runs import Group, Run, differing_settings
+from st_kdmcse.evaluation.statistics import Summary, summarize
+from st_kdmcse.provenance import provenance, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DASH = "–"
+_SEEDS: dict[str, Any] = {"linestyle": "", "markersize": 7, "alpha": 0.7}
+_DEV = "STS-B dev, Spearman × 100"
+
+
+def write_report(comparison: Comparison, output: str | Path, title: str = "Comparison of methods") -> str:
+    """Write ``report.md`` with ``plots/*.png``, ``report.html`` and ``report.json``.
+
+    Args:
+        comparison: from :func:`~st_kdmcse.evaluation.comparison.compare_runs`.
+        output: folder; it is made if need be.
+        title: of the report.
+
+    Returns:
+        The warnings and the tables of scores as Markdown, for the terminal.
+    """
+    return _write(comparison, output, title, list(_blocks(comparison)))
+
+
+def write_sweep_report(comparison: Comparison, output: str | Path) -> str:
+    """Like :func:`write_report`, for runs that differ in the margin: with the score against the margin (Figure 7).
+
+    Args:
+        comparison: of runs of one method with several margins.
+        output: folder; it is made if need be.
+
+    Raises:
+        ValueError: if a run has no margin, or two groups of runs have the same.
+    """
+    margins = [_margin(row.group) for row in comparison.rows]
+    if len(set(margins)) < len(margins):
+        raise ValueError("two groups of runs have the same margin: a sweep differs in nothing else")
+    best = max(comparison.rows, key=lambda row: row.dev["best"].mean if row.dev["best"] else -np.inf)
+    blocks: list[Block] = [
+        Heading("Score against the margin"),
+        Plot(
+            "margin", margin_figure(comparison), "Spearman against the margin of AdapACSE, mean and spread over seeds"
+        ),
+    ]
+    if best.dev["best"]:
+        blocks.append(
+            Paragraph(
+                f"The margin with the highest mean on STS-B dev is **{_margin(best.group):g}** radians "
+                f"({_cell(best.dev['best'])}). Choose a margin on STS-B dev: the score of a margin that was chosen on "
+                "the test tasks is too high."
+            )
+        )
+    return _write(comparison, output, "Margin sweep", [*blocks, *_blocks(comparison)])
+
+
+def curves_figure(comparison: Comparison) -> Figure:
+    """STS-B dev against the step: the mean over seeds, and a band of one standard deviation on either side."""
+    labels = [fill(f"{row.group.label} ({_seeds(row.group)})", 80) for row in comparison.rows]
+    longest = max(map(len, "\n".join(labels).split("\n")))
+    columns = 3 if longest <= 22 else 2 if longest <= 36 else 1
+    figure, (axes,) = new_figure(
+        width=7.5, height=4.2 + 0.25 * (sum(1 + label.count("\n") for label in labels) // columns)
+    )
+    alpha = 0.15 if len(labels) <= 4 else 0.07
+    for number, row in enumerate(comparison.rows):
+        color, marker = _look(number)
+        curves = [dict(run.curve) for run in row.group.runs]
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        if not steps:
+            continue
+        points = [summarize([curve[step] for curve in curves]) for step in steps]
+        means = np.array([point.mean for point in points])
+        spread = np.array([point.std or 0.0 for point in points])
+        every = max(1, len(steps) // 12)
+        axes.plot(steps, means, color=color, marker=marker, markersize=5, markevery=every, label=labels[number])
+        axes.fill_between(steps, means - spread, means + spread, color=color, alpha=alpha, linewidth=0)
+    if any(len(row.group.runs) > 1 for row in comparison.rows):
+        axes.fill_between([], [], [], color="#555555", alpha=0.25, linewidth=0, label="± standard deviation")
+    axes.set_xlabel("optimizer steps (0 = before training)")
+    axes.set_ylabel(_DEV)
+    axes.locator_params(axis="x", integer=True)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def scores_figure(comparison: Comparison) -> Figure:
+    """The score of each run, and mean and standard deviation of each method."""
+    rows = [row for row in comparison.rows if row.values]
+    labels = [fill(row.group.label, 40) for row in rows]
+    longest = max(map(len, "\n".join(labels).split("\n")))
+    figure, (axes,) = new_figure(width=5.5 + 0.07 * longest, height=1.4 + 0.5 * len(rows))
+    for number, row in enumerate(rows):
+        color, marker = _look(number)
+        score = summarize(row.values or [])
+        axes.plot(row.values or [], np.full(score.n, number + 0.25), color=color, marker=".", **_SEEDS)
+        axes.errorbar(score.mean, number, xerr=score.std, color=color, marker=marker, markersize=7, capsize=4)
+    axes.plot([], [], color="#555555", marker=".", label="a seed", **_SEEDS)
+    axes.errorbar([], [], xerr=[], color="#555555", marker="o", capsize=4, label="mean ± standard deviation")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f"Spearman × 100, {_measure(comparison)}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def margin_figure(comparison: Comparison) -> Figure:
+    """Score against the margin: mean and standard deviation over seeds, the best marked.
+
+    Args:
+        comparison: of runs with one margin a group.
+    """
+    rows = sorted(comparison.rows, key=lambda row: _margin(row.group))
+    panels = [
+        ("STS-B dev, best checkpoint", [(_margin(row.group), row.dev["best"]) for row in rows]),
+        (_measure(comparison), [(_margin(row.group), row.best[PRESENT]) for row in rows]),
+    ]
+    figure, all_axes = new_figure(columns=2, width=5.2, height=4.2)
+    for number, (axes, (title, points)) in enumerate(zip(all_axes, panels, strict=True)):
+        known = [(margin, score) for margin, score in points if score is not None]
+        color, marker = _look(number)
+        if known:
+            margins = [margin for margin, _ in known]
+            means = [score.mean for _, score in known]
+            axes.errorbar(
+                margins,
+                means,
+                yerr=[score.std or 0.0 for _, score in known],
+                color=color,
+                marker=marker,
+                capsize=4,
+                label="mean ± standard deviation" if any(score.std for _, score in known) else "one seed",
+            )
+            best = int(np.argmax(means))
+            axes.plot(
+                margins[best],
+                means[best],
+                linestyle="",
+                marker="o",
+                markersize=15,
+                markerfacecolor="none",
+                markeredgecolor="black",
+                label=f"highest mean: {means[best]:.2f} at {margins[best]:g}",
+            )
+            axes.set_xticks(margins, [f"{margin:g}" for margin in margins], rotation=45)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
+        axes.set_title(title)
+        axes.set_xlabel("margin m in radians")
+        axes.set_ylabel("Spearman × 100")
+    return figure
+
+
+def _write(comparison: Comparison, output: str | Path, title: str, blocks: Sequence[Block]) -> str:
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: name a folder for the report")
+    document = [Heading(title, 1), *blocks]
+    save_plots(document, output)
+    (output / "report.md").write_text(to_markdown(document), encoding="utf-8")
+    (output / "report.html").write_text(to_html(document, title), encoding="utf-8")
+    write_json(output / "report.json", _json(comparison))
+    return to_markdown([*_notes(comparison), *_score_tables(comparison)]).rstrip()
+
+
+def _blocks(comparison: Comparison) -> Iterator[Block]:
+    yield from _notes(comparison)
+    yield Heading("Scores")
+    yield from _score_tables(comparison)
+    yield Plot("scores", scores_figure(comparison), f"{_measure(comparison)}: each seed, and the mean of each method")
+    yield Heading("Methods compared in pairs")
+    yield from _pair_blocks(comparison)
+    if any(run.curve for run in comparison.runs):
+        yield Heading("Training curves")
+        yield Plot(
+            "curves", curves_figure(comparison), "STS-B dev against the training step, mean and spread over seeds"
+        )
+    yield Heading("Cost of training")
+    yield from _cost(comparison)
+    yield Heading("Settings and provenance")
+    yield from _provenance(comparison)
+
+
+def _notes(comparison: Comparison) -> Iterator[Block]:
+    for warning in comparison.warnings:
+        yield Paragraph(warning, warning=True)
+    if comparison.left_out:
+        yield Paragraph("Left out:")
+        yield Bullets(comparison.left_out)
+
+
+def _score_tables(comparison: Comparison) -> Iterator[Block]:
+    rows = comparison.rows
+    has_all = all(row.best[AVERAGE] for row in rows)
+    yield Paragraph(
+        "Spearman × 100 of the cosine, mean ± standard deviation over seeds (n − 1), of the checkpoint that is best on "
+        "STS-B dev; the highest mean of a column is bold."
+        + ("" if comparison.tasks else " The STS-B column is the test score of the training itself.")
+        + ("" if has_all else f" {_DASH} stands for a task whose data were not there.")
+    )
+    columns = [*STS_TASKS, AVERAGE, *([] if has_all else [PRESENT])]
+    cells = [_column([row.best[name] for row in rows]) for name in columns]
+    yield Table(
+        ["method", "seeds", *columns],
+        [[row.group.label, str(len(row.group.runs)), *scores] for row, *scores in zip(rows, *cells, strict=True)],
+    )
+    yield Paragraph("Best and last checkpoint side by side:")
+    pairs = [
+        ("STS-B dev", [row.dev["best"] for row in rows], [row.dev["last"] for row in rows]),
+        ("mean of the tasks", [row.best[PRESENT] for row in rows], [row.last[PRESENT] for row in rows]),
+    ]
+    shown = pairs if comparison.tasks else pairs[:1]
+    header = [f"{name}, {which}" for name, *_ in shown for which in ("best", "last", "last − best")]
+    yield Table(
+        ["method", *header],
+        [
+            [
+                row.group.label,
+                *(cell for _, best, last in shown for cell in _best_and_last(best[number], last[number])),
+            ]
+            for number, row in enumerate(rows)
+        ],
+    )
+    yield Paragraph("On STS-B dev the best checkpoint is at least as good by definition: it was chosen there.")
+
+
+def _pair_blocks(comparison: Comparison) -> Iterator[Block]:
+    if not comparison.pairs:
+        yield Paragraph("There is one method only, or no score to compare.")
+        return
+    yield Paragraph(
+        f"Compared is the {_measure(comparison)} of the best checkpoint. Two questions, each two-sided: would the "
+        "difference show with other **seeds** (independent t-test; Welch's beside it does not assume equal "
+        "variances), and with other **sentence pairs** (paired bootstrap: the same resampled pairs for all models, the "
+        f"runs as they are). In brackets is p after Holm's correction for the {len(comparison.pairs)} pairs of "
+        f"methods; Welch's p is not corrected. The words follow the corrected p at {SIGNIFICANCE}. “No difference "
+        "shown” does not mean that the methods are equal: few seeds show only large differences."
+    )
+    smallest = 2 * len(comparison.pairs) / (comparison.replicates + 1)
+    if not comparison.replicates:
+        yield Paragraph("There was no bootstrap: it needs the STS tasks, and at least one replicate.")
+    elif smallest > SIGNIFICANCE:
+        yield Paragraph(
+            f"For {len(comparison.pairs)} pairs of methods, {comparison.replicates:,} replicates are too few: the "
+            f"corrected p of the smallest possible one is {min(1, smallest):.3f}. Give more with `--bootstrap`."
+        )
+    yield Table(
+        ["first − second", "difference", "t-test p", "Welch p", "bootstrap 95 % interval", "bootstrap p"],
+        [_pair_row(pair) for pair in comparison.pairs],
+    )
+    yield Table(
+        ["pair", "over seeds", "over sentence pairs"],
+        [[f"{pair.first} and {pair.second}", pair.over_seeds, pair.over_pairs] for pair in comparison.pairs],
+        text=True,
+    )
+
+
+def _cost(comparison: Comparison) -> Iterator[Block]:
+    yield Table(
+        ["method", "steps", "seconds a run", "seconds a step"],
+        [
+            [
+                row.group.label,
+                f"{row.group.runs[0].summary['steps']:,}",
+                _cell(row.seconds, 1),
+                _cell(summarize([run.summary["train_seconds"] / run.summary["steps"] for run in row.group.runs]), 3),
+            ]
+            for row in comparison.rows
+        ],
+    )
+    text = "Training time with evaluation on STS-B dev, without loading."
+    resumed = [name for name, run in _names(comparison.runs).items() if run.summary.get("resumed")]
+    if resumed:
+        text += f" Of resumed runs only the last part is counted: {', '.join(resumed)}."
+    yield Paragraph(text)
+
+
+def _provenance(comparison: Comparison) -> Iterator[Block]:
+    runs = [row.group.runs[0] for row in comparison.rows]
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    differing = [name for name in differing_settings(runs) if name != "method"]
+    yield Paragraph("The same for all:")
+    shared = [name for name in names if name not in ("method", *differing)]
+    yield Bullets([f"{name.replace('_', ' ')}: {_setting(runs[0], name)}" for name in shared])
+    if differing:
+        yield Table(
+            ["method", *(name.replace("_", " ") for name in differing)],
+            [
+                [row.group.label, *(_setting(run, name) for name in differing)]
+                for row, run in zip(comparison.rows, runs, strict=True)
+            ],
+            text=True,
+        )
+    yield Table(
+        ["run", "method", "seed", "best step", "device", "date"],
+        [
+            [
+                name,
+                str(run.summary["method"]),
+                str(run.seed),
+                str((run.summary["sts_dev_best"] or {}).get("step", _DASH)),
+                str(run.summary.get("device", _DASH)),
+                str(run.summary.get("date", _DASH)),
+            ]
+            for name, run in _names(comparison.runs).items()
+        ],
+        text=True,
+    )
+    if comparison.tasks:
+        yield Table(
+            ["task", "pairs", "sha256"],
+            [[name, f"{task['pairs']:,}", f"`{task['sha256'][:16]}`"] for name, task in comparison.tasks.items()],
+            text=True,
+        )
+    if comparison.replicates:
+        yield Paragraph(f"Bootstrap: {comparison.replicates:,} replicates, seed {comparison.seed}.")
+    versions: dict[str, list[str]] = {}
+    for run in comparison.runs:
+        for library, version in run.summary["versions"].items():
+            if version not in versions.setdefault(library, []):
+                versions[library].append(version)
+    text = ", ".join(f"{library} {' and '.join(found)}" for library, found in versions.items())
+    yield Paragraph(f"Trained with {text}.")
+
+
+def _json(comparison: Comparison) -> dict[str, Any]:
+    names = {run.folder: name for name, run in _names(comparison.runs).items()}
+    methods = [
+        {
+            "label": row.group.label,
+            "settings": {name: _plain(name, value) for name, value in row.group.runs[0].settings.items()},
+            "best": _summaries(row.best),
+            "last": _summaries(row.last),
+            "sts_dev": _summaries(row.dev),
+            "train_seconds": row.seconds._asdict(),
+            "runs": [
+                {
+                    "folder": names[run.folder],
+                    "seed": run.seed,
+                    "best": row.each["best"][number],
+                    "last": row.each["last"][number],
+                    "sts_dev": {"best": run.dev_score("best"), "last": run.dev_score("last")},
+                    "sts_dev_curve": [{"step": step, "spearman": round(score, 2)} for step, score in run.curve],
+                    "train_seconds": run.summary["train_seconds"],
+                    "device": run.summary.get("device"),
+                    "date": run.summary.get("date"),
+                    "versions": run.summary["versions"],
+                }
+                for number, run in enumerate(row.group.runs)
+            ],
+        }
+        for row in comparison.rows
+    ]
+    pairs = [
+        {**asdict(pair), "over_seeds": pair.over_seeds, "over_sentence_pairs": pair.over_pairs}
+        for pair in comparison.pairs
+    ]
+    return {
+        "scale": "Spearman x 100",
+        "compared": _measure(comparison),
+        "methods": methods,
+        "pairs": pairs,
+        "tasks": comparison.tasks,
+        "bootstrap_replicates": comparison.replicates,
+        "warnings": comparison.warnings,
+        "left_out": comparison.left_out,
+        **provenance(
+            data_sha256={name: task["sha256"] for name, task in comparison.tasks.items()}, seed=comparison.seed
+        ),
+    }
+
+
+def _summaries(scores: Mapping[Any, Summary | None]) -> dict[str, Any]:
+    return {name: score._asdict() if score else None for name, score in scores.items()}
+
+
+def _measure(comparison: Comparison) -> str:
+    """What is compared, in words."""
+    names = list(comparison.tasks)
+    if len(names) == len(STS_TASKS):
+        return "average of the seven tasks"
+    if not names:
+        return "STS-B test score"
+    return f"mean of {', '.join(names)}" if len(names) > 1 else f"{names[0]} score"
+
+
+def _pair_row(pair: Pair) -> list[str]:
+    interval = _DASH if pair.low is None or pair.high is None else f"{pair.low:+.2f} to {pair.high:+.2f}"
+    return [
+        f"{pair.first} − {pair.second}",
+        f"{pair.difference:+.2f}",
+        _p(pair.t_test, pair.t_test_holm),
+        _p(pair.welch),
+        interval,
+        _p(pair.bootstrap, pair.bootstrap_holm),
+    ]
+
+
+def _p(p: float | None, corrected: float | None = None) -> str:
+    if p is None:
+        return _DASH
+    return f"{p:.3f}" if corrected is None else f"{p:.3f} ({corrected:.3f})"
+
+
+def _cell(score: Summary | None, digits: int = 2) -> str:
+    if score is None:
+        return _DASH
+    return f"{score.mean:.{digits}f}" + ("" if score.std is None else f" ± {score.std:.{digits}f}")
+
+
+def _column(scores: Sequence[Summary | None]) -> list[str]:
+    """Cells of a column; the highest mean is bold, unless there is nothing to compare it with."""
+    known = [round(score.mean, 2) for score in scores if score]
+    return [
+        f"**{_cell(score)}**" if score and len(known) > 1 and round(score.mean, 2) == max(known) else _cell(score)
+        for score in scores
+    ]
+
+
+def _best_and_last(best: Summary | None, last: Summary | None) -> list[str]:
+    difference = f"{last.mean - best.mean:+.2f}" if best and last else _DASH
+    return [_cell(best), _cell(last), difference]
+
+
+def _names(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by folder, as far as the folders differ: a report does not show where on a machine they were."""
+    folders = [run.folder.resolve() for run in runs]
+    root = os.path.commonpath([folder.parent for folder in folders])
+    return {str(folder.relative_to(root)): run for folder, run in zip(folders, runs, strict=True)}
+
+
+def _setting(run: Run, name: str) -> str:
+    value = _plain(name, run.setting(name))
+    if value is None:
+        return "default" if name in run.settings else _DASH
+    return str(value)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting without the place on a machine where a model was."""
+    return "/".join(Path(value).parts[-2:]) if name == "model" and Path(value).is_absolute() else value
+
+
+def _margin(group: Group) -> float:
+    margin = group.runs[0].setting("margin")
+    if margin is None:
+        raise ValueError(f"{group.label} has no margin")
+    return float(margin)
+
+
+def _seeds(group: Group) -> str:
+    return f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 seed"
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker; the markers move on by one after each round of colours."""
+    return COLORS[number % len(COLORS)], MARKERS[(number + number // len(COLORS)) % len(MARKERS)]

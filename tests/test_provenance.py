@@ -1,0 +1,36 @@
+import json
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from st_kdmcse.provenance import parameters_checksum, provenance, write_json
+
+
+def test_the_checksum_follows_the_parameters(student, tmp_path):
+    first = parameters_checksum(student)
+    student.save_pretrained(str(tmp_path / "model"))
+    assert parameters_checksum(SentenceTransformer(str(tmp_path / "model"), device="cpu")) == first
+    student[0].auto_model.pooler.dense.bias.data[0] += 1e-6
+    assert parameters_checksum(student) != first
+    assert parameters_checksum(student.to(torch.bfloat16)) != parameters_checksum(student.to(torch.float32))
+
+
+def test_provenance_is_json(student):
+    found = provenance(student, "my-model", {"STS12": "0" * 64}, seed=3)
+    assert json.loads(json.dumps(found)) == found
+    assert found["model"]["name"] == "my-model"
+    assert found["model"]["modules"] == ["Transformer", "Pooling"]
+    assert (found["seed"], found["data_sha256"]) == (3, {"STS12": "0" * 64})
+    assert {"torch", "sentence-transformers", "scipy", "python", "st-kdmcse"} <= set(found["versions"])
+    assert found["device"].startswith("cpu, ")
+    assert provenance()["model"] is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    write_json(path, {"score": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"score": float("nan")})
+    assert json.loads(path.read_text()) == {"score": 1}
+    assert [each.name for each in path.parent.iterdir()] == ["results.json"]
