@@ -9,13 +9,17 @@ from st_kdmcse.data import STSTask, load_sts_benchmark
 from st_kdmcse.evaluation.alignment_uniformity import alignment_uniformity, plot_alignment_uniformity, table
 from st_kdmcse.evaluation.encoding import load_model
 from st_kdmcse.evaluation.named_models import named_models
-from st_kdmcse.evaluation.plots import save_figure
-from st_kdmcse.provenance import model_identity, provenance, write_json
+from st_kdmcse.evaluation.plots import check_plot, save_figure
+from st_kdmcse.provenance import check_output, model_identity, provenance, write_json
 
 
 @click.command(context_settings={"max_content_width": 120})
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--data-dir", required=True, help="STS-B: a SentEval directory, or a dataset's hub name or folder.")
+@click.option(
+    "--data-dir",
+    required=True,
+    help="STS-B: a SentEval directory, or a data set's hub name (mteb/stsbenchmark-sts) or folder.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG, SVG or PDF file to write.")
 def main(models: tuple[str, ...], data_dir: str, output: Path | None, plot: Path | None) -> None:
@@ -26,6 +30,8 @@ def main(models: tuple[str, ...], data_dir: str, output: Path | None, plot: Path
     """
     quiet_libraries()
     with friendly_errors():
+        check_output(output)
+        check_plot(plot)
         names = named_models(models)
         pairs = load_sts_benchmark(data_dir, "dev")
         loaded = {label: load_model(path) for label, path in names.items()}

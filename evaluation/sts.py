@@ -9,7 +9,7 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_sts_tasks
 from st_kdmcse.evaluation.encoding import load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
-from st_kdmcse.provenance import provenance, write_json
+from st_kdmcse.provenance import check_output, provenance, write_json
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -39,13 +39,16 @@ def main(
     """Score a model on STS12 to STS16, STS-B and SICK-R (test sets): Spearman x 100 in SentEval's "all" setting."""
     quiet_libraries()
     with friendly_errors():
+        check_output(output)
         names = [name.strip() for name in tasks.split(",")] if tasks else STS_TASKS
         found = load_sts_tasks(data_dir, names)
         encoder = load_model(model, device)
         if pooling:
-            poolings = pooling.split(",")
+            poolings = [name.strip() for name in pooling.split(",")]
             if pooling == "all":
-                poolings = [name for name in POOLINGS if name != "pooler" or has_pooler(encoder)]
+                poolings = [name for name in POOLINGS if name != "pooler" or has_pooler(encoder, model)]
+            elif "pooler" in poolings and not has_pooler(encoder, model):
+                raise ValueError(f"--pooling pooler: the checkpoint of {model} has no weights of a pooler")
             results = evaluate_poolings(encoder, found, poolings, batch_tokens=batch_tokens)
         else:
             results = {AS_SAVED: evaluate_sts(encoder, found, batch_tokens=batch_tokens)}
@@ -58,7 +61,7 @@ def main(
             checksums = {name: details["data_sha256"] for name, details in result.details.items()}
             record: dict[str, Any] = {
                 "spearman": result.spearman,
-                "absent": result.absent,
+                "absent": absent,
                 "details": result.details,
                 "pooling": {
                     name: {"spearman": each.spearman, "details": each.details} for name, each in results.items()

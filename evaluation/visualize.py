@@ -9,7 +9,7 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import iter_sentences, sha256_file
 from st_kdmcse.evaluation.encoding import load_model
 from st_kdmcse.evaluation.named_models import named_models
-from st_kdmcse.evaluation.plots import save_figure
+from st_kdmcse.evaluation.plots import check_plot, save_figure
 from st_kdmcse.evaluation.visualize import (
     DEFAULT_SENTENCES,
     dropout_map,
@@ -19,7 +19,7 @@ from st_kdmcse.evaluation.visualize import (
     neighbours_text,
     plot_dropout_maps,
 )
-from st_kdmcse.provenance import model_identity, provenance, write_json
+from st_kdmcse.provenance import check_output, model_identity, provenance, write_json
 
 PathOption = click.Path(path_type=Path)
 Models = click.argument("models", metavar="MODEL...", nargs=-1, required=True)
@@ -43,6 +43,8 @@ def tsne(
     """Draw sentences that are encoded repeatedly under dropout, a panel for each MODEL."""
     quiet_libraries()
     with friendly_errors():
+        check_output(output)
+        check_plot(plot)
         names = named_models(models)
         chosen = list(DEFAULT_SENTENCES) if sentences is None else list(iter_sentences(sentences, deduplicate=True))
         loaded = {label: load_model(path) for label, path in names.items()}
@@ -53,8 +55,6 @@ def tsne(
         for each in maps:
             note = "" if each.has_dropout else "  has no dropout: all copies are the same"
             click.echo(f"{each.label:{width}}  {each.within:17.4f}  {each.between:17.4f}{note}")
-        save_figure(plot_dropout_maps(maps), plot)
-        click.echo(f"map: {plot}")
         if output is not None:
             checksums = {} if sentences is None else {sentences.name: sha256_file(sentences)}
             results = [
@@ -62,6 +62,8 @@ def tsne(
             ]
             record = {"sentences": chosen, "repeats": repeats, "models": results}
             write_json(output, {**provenance(data_sha256=checksums, seed=seed), **record})
+        save_figure(plot_dropout_maps(maps), plot)
+        click.echo(f"map: {plot}")
 
 
 @main.command()
@@ -79,6 +81,7 @@ def neighbours(
     with friendly_errors():
         if output is not None and output.suffix not in (".md", ".json"):
             raise ValueError(f"--output {output}: name a .md or a .json file")
+        check_output(output)
         names = named_models(models)
         sentences = list(iter_sentences(corpus, column, deduplicate=True))
         loaded = {label: load_model(path) for label, path in names.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -16,7 +17,17 @@ from sentence_transformers import SentenceTransformer
 
 from st_kdmcse import __version__
 
-_LIBRARIES = ("sentence-transformers", "transformers", "torch", "datasets", "numpy", "scipy", "scikit-learn")
+_LIBRARIES = (
+    "sentence-transformers",
+    "transformers",
+    "torch",
+    "datasets",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "faiss-cpu",
+    "faiss-gpu",
+)
 
 
 def provenance(
@@ -63,9 +74,15 @@ def model_identity(model: SentenceTransformer, name: str | None = None) -> dict[
 
 
 def parameters_checksum(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and values of parameters and buffers, as 64 hexadecimal digits."""
+    """SHA-256 over the names, shapes, types and values of parameters and buffers, as 64 hexadecimal digits.
+
+    An encoder's own pooler is left out: no embedding comes from it, and where a checkpoint lacks it, as RoBERTa's do,
+    transformers draws another one at every loading.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if ".pooler." in name:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -91,6 +108,27 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # an optional one
             continue
     return found
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Args:
+        path: the file; None for none. Its folder is made if need be.
+
+    Raises:
+        ValueError: if it is a folder, or its folder cannot be made or written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder of {path} cannot be made: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} cannot be written to: name a file elsewhere")
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -4,14 +4,17 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.provenance import parameters_checksum, provenance, write_json
+from st_kdmcse.provenance import check_output, parameters_checksum, provenance, write_json
 
 
 def test_the_checksum_follows_the_parameters(student, tmp_path):
     first = parameters_checksum(student)
     student.save_pretrained(str(tmp_path / "model"))
     assert parameters_checksum(SentenceTransformer(str(tmp_path / "model"), device="cpu")) == first
-    student[0].auto_model.pooler.dense.bias.data[0] += 1e-6
+    # No embedding comes from the pooler, and a checkpoint may lack it.
+    student[0].auto_model.pooler.dense.bias.data[0] += 1
+    assert parameters_checksum(student) == first
+    student[0].auto_model.embeddings.LayerNorm.bias.data[0] += 1e-6
     assert parameters_checksum(student) != first
     assert parameters_checksum(student.to(torch.bfloat16)) != parameters_checksum(student.to(torch.float32))
 
@@ -34,3 +37,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"score": float("nan")})
     assert json.loads(path.read_text()) == {"score": 1}
     assert [each.name for each in path.parent.iterdir()] == ["results.json"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    check_output(None)
+    check_output(tmp_path / "new" / "results.json")
+    with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        check_output(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"the folder of .*results\.json cannot be made"):
+        check_output(tmp_path / "file" / "results.json")

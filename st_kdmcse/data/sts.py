@@ -355,4 +355,10 @@ def _check_split(split: str) -> None:
 
 
 def _is_path(source: str | Path) -> bool:
-    return isinstance(source, Path) or Path(source).is_absolute() or source.startswith((".", "~"))
+    """Whether it can only be a path: names on the hub have one slash at most."""
+    return (
+        isinstance(source, Path)
+        or Path(source).is_absolute()
+        or source.startswith((".", "~"))
+        or source.strip("/").count("/") > 1
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.data import STSPairs, STSTask
 from st_kdmcse.evaluation.encoding import encode_distinct
-from st_kdmcse.evaluation.plots import COLORS, MARKERS, new_figure
+from st_kdmcse.evaluation.plots import COLORS, MARKERS, elided, new_figure
 from st_kdmcse.evaluation.sts import score_embeddings
 from st_kdmcse.functional import alignment, uniformity
 
@@ -109,7 +108,8 @@ def table(results: Sequence[AlignmentUniformity]) -> str:
         for result in results
     ]
     first = results[0]
-    return "\n".join([*lines, f"{first.positives} positive pairs, {first.sentences:,} sentences; smaller is better"])
+    pairs = f"{first.positives} positive pairs, {first.sentences:,} sentences"
+    return "\n".join([*lines, f"{pairs}; smaller alignment and uniformity are better"])
 
 
 def plot_alignment_uniformity(results: Sequence[AlignmentUniformity]) -> Figure:
@@ -118,7 +118,9 @@ def plot_alignment_uniformity(results: Sequence[AlignmentUniformity]) -> Figure:
     Args:
         results: of the same pairs.
     """
-    figure, (axes,) = new_figure(width=7.5, height=max(4.0, 1 + 0.25 * len(results)))
+    labels = [f"{elided(result.label, _LABEL_CHARACTERS)}: {result.spearman:.2f}" for result in results]
+    longest = max(map(len, labels))
+    figure, (axes,) = new_figure(width=5.5 + 0.08 * longest, height=max(4.0, 1 + 0.25 * len(results)))
     for number, result in enumerate(results):
         axes.scatter(
             result.uniformity,
@@ -127,12 +129,12 @@ def plot_alignment_uniformity(results: Sequence[AlignmentUniformity]) -> Figure:
             color=COLORS[number % len(COLORS)],
             marker=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
             edgecolors="white",
-            label=f"{textwrap.shorten(result.label, _LABEL_CHARACTERS, placeholder=' ...')}: {result.spearman:.2f}",
+            label=labels[number],
             zorder=3,
         )
     axes.margins(0.15)
     axes.set(
-        title="Alignment and uniformity on STS-B dev; smaller is better",
+        title="STS-B dev; smaller is better",
         xlabel="uniformity (log of the mean potential, t = 2)",
         ylabel="alignment (mean squared distance)",
     )

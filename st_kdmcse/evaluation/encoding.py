@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
@@ -53,7 +54,8 @@ def load_model(name_or_path: str, device: str | None = None) -> SentenceTransfor
 
     Raises:
         FileNotFoundError: if it looks like a path and there is no such folder.
-        ValueError: if it is neither the folder of a model nor a name that the hub knows.
+        ValueError: if it is neither the folder of a model nor a name that the hub knows, its files are damaged, or
+            there is no such device.
     """
     folder = Path(name_or_path)
     if not folder.exists() and (folder.is_absolute() or name_or_path.startswith(".") or len(folder.parts) > 2):
@@ -62,6 +64,8 @@ def load_model(name_or_path: str, device: str | None = None) -> SentenceTransfor
         raise ValueError(f"{name_or_path} is not the folder of a model: it has neither modules.json nor config.json")
     try:
         return SentenceTransformer(name_or_path, device=device)
+    except (SafetensorError, RuntimeError) as error:  # a damaged file, a device that is not there
+        raise ValueError(f"{name_or_path} could not be loaded: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name_or_path} is neither the folder of a model nor a name that the hub knows, or the hub cannot be "

@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from st_kdmcse.provenance import check_output
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -16,6 +18,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#55
 MARKERS = "osD^vP*X"
 """Markers in the order of use, so that a print in grey stays readable."""
 
+_ENDINGS = (".png", ".svg", ".pdf")
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -52,6 +55,37 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 6.0, height: floa
         figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse a plot that could not be written, before the work that it is to show.
+
+    Args:
+        path: the file; None for none.
+
+    Raises:
+        ImportError: without matplotlib; names the extra.
+        ValueError: for an ending other than .png, .svg and .pdf, or a place that cannot be written to.
+    """
+    if path is None:
+        return
+    new_figure()
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"{path}: name a file that ends in {', '.join(_ENDINGS)}")
+    check_output(path)
+
+
+def elided(text: str, length: int) -> str:
+    """A text in at most so many characters, without its middle: names often differ at their ends.
+
+    Example:
+        >>> elided("kdmcse-without-filter (margin 0.1)", 20)
+        'kdmcse-wit…rgin 0.1)'
+    """
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

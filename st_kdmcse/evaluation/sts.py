@@ -19,7 +19,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from st_kdmcse.data.sts import STS_TASKS, STSPairs, STSTask
-from st_kdmcse.evaluation.encoding import encode_distinct, encode_distinct_each
+from st_kdmcse.evaluation.encoding import encode_distinct, encode_distinct_each, load_model
+from st_kdmcse.provenance import parameters_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class STSResult:
 
     @property
     def absent(self) -> list[str]:
-        """The tasks whose data were not there."""
+        """The tasks that were not scored."""
         return [name for name in STS_TASKS if name not in self.details]
 
 
@@ -115,9 +116,20 @@ def evaluate_poolings(
     return {name: score_embeddings(each, tasks) for name, each in embeddings.items()}
 
 
-def has_pooler(model: SentenceTransformer) -> bool:
-    """Whether the encoder has a pooler of its own, as BERT has."""
-    return isinstance(_pooler(model), nn.Module)
+def has_pooler(model: SentenceTransformer, name_or_path: str) -> bool:
+    """Whether the encoder's checkpoint has a pooler, as BERT's has.
+
+    Where it lacks one, as RoBERTa's does, transformers draws it anew at every loading, and its scores mean nothing.
+
+    Args:
+        model: a model.
+        name_or_path: where it was loaded from.
+    """
+    pooler = _pooler(model)
+    if not isinstance(pooler, nn.Module):
+        return False
+    again = _pooler(load_model(name_or_path, "cpu"))
+    return again is not None and parameters_checksum(pooler) == parameters_checksum(again)
 
 
 def score_embeddings(

@@ -15,7 +15,7 @@ from sentence_transformers.util import batch_to_device, semantic_search
 from tqdm import tqdm
 
 from st_kdmcse.evaluation.encoding import encode_distinct
-from st_kdmcse.evaluation.plots import COLORS, MARKERS, new_figure
+from st_kdmcse.evaluation.plots import COLORS, MARKERS, elided, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,8 +206,7 @@ def plot_dropout_maps(maps: Sequence[DropoutMap]) -> Figure:
             )
         dropout = "" if each.has_dropout else "; no dropout"
         panel.set_title(
-            f"{textwrap.shorten(each.label, 40, placeholder=' ...')}\n"
-            f"mean cosine within {each.within:.3f}, between {each.between:.3f}{dropout}"
+            f"{elided(each.label, 40)}\nmean cosine within {each.within:.3f}, between {each.between:.3f}{dropout}"
         )
         panel.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     handles, labels = axes[0].get_legend_handles_labels()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import WORDS, load_command
+from helpers import WORDS, copy_tree, load_command
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import (
@@ -22,6 +23,7 @@ from st_kdmcse.evaluation.sts import (
     STSEvaluator,
     evaluate_poolings,
     evaluate_sts,
+    has_pooler,
     score_embeddings,
 )
 
@@ -195,6 +197,31 @@ def write_senteval(folder, gold="1.0\n\n3.0\n4.5\n"):
     return folder
 
 
+def test_a_pooler_that_is_not_in_the_checkpoint_is_left_out(tmp_path, student):
+    assert has_pooler(student, save(student, tmp_path / "with"))
+    weights = load_file(tmp_path / "with" / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    copy_tree(tmp_path / "with", tmp_path / "without")
+    save_file(kept, tmp_path / "without" / "model.safetensors", metadata={"format": "pt"})
+    drawn = SentenceTransformer(str(tmp_path / "without"), device="cpu")
+    assert not has_pooler(drawn, str(tmp_path / "without"))
+    data = write_senteval(tmp_path / "senteval")
+    arguments = ["--model", str(tmp_path / "without"), "--data-dir", str(data), "--pooling"]
+    run = CliRunner().invoke(load_command("evaluation/sts.py"), [*arguments, "all"])
+    assert run.exit_code == 0
+    assert "mean" in run.stdout
+    assert "pooler" not in run.stdout
+    run = CliRunner().invoke(load_command("evaluation/sts.py"), [*arguments, "pooler"])
+    assert run.exit_code == 2
+    assert "no weights of a pooler" in run.stderr
+
+
+def save(model, folder):
+    model.save_pretrained(str(folder))
+    return str(folder)
+
+
 def test_script(tmp_path, tiny_bert, student):
     data = write_senteval(tmp_path / "senteval")
     student.save_pretrained(str(tmp_path / "model"))
@@ -224,7 +251,9 @@ def test_script(tmp_path, tiny_bert, student):
         (["--tasks", "STS17"], "unknown STS task STS17: choose from STS12"),
         (["--data-dir", "{data}/SICK"], "holds none of STS12"),
         (["--data-dir", "/nowhere/senteval"], "there is no folder /nowhere/senteval"),
-        (["--pooling", "max"], "unknown pooling 'max'"),
+        (["--data-dir", "SentEval/data/downstream"], "there is no folder SentEval/data/downstream"),
+        (["--pooling", "mean, max"], "unknown pooling 'max'"),
+        (["--device", "cuda:7"], "could not be loaded"),
     ],
 )
 def test_script_errors(tmp_path, tiny_bert, arguments, message):
