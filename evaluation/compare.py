@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import report_options
-from st_kdmcse.data import load_sts_tasks
+from st_kdmcse.cli.grid import prepare_report, report_options
 from st_kdmcse.evaluation.comparison import compare_runs
 from st_kdmcse.evaluation.report import write_report
 from st_kdmcse.evaluation.runs import find_runs
@@ -36,8 +35,8 @@ def main(
     quiet_libraries()
     output = output or Path("comparison")
     with friendly_errors("stopped; the models that were scored are kept, and the same command goes on from there"):
+        tasks = prepare_report(data_dir, output)
         found = find_runs(run_dirs)
-        tasks = load_sts_tasks(data_dir) if data_dir else []
         comparison = compare_runs(found.runs, tasks, replicates=bootstrap, seed=bootstrap_seed, left_out=found.left_out)
         tables = write_report(comparison, output, title)
         click.echo(f"{tables}\n\nreport: {output / 'report.html'}, {output / 'report.md'}, {output / 'report.json'}")

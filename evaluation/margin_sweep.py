@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, split_options
+from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, split_options
 from st_kdmcse.evaluation.grid import margin_grid, run_grid
 from st_kdmcse.evaluation.report import write_sweep_report
 
@@ -37,9 +37,10 @@ def main(
     quiet_libraries()
     output = output or root / "report"
     with friendly_errors("stopped; the same command goes on from there"):
+        tasks = prepare_report(data_dir, output)
         options, config = split_options(arguments, root)
         result = run_grid(margin_grid(root, margins, seeds, config, **options), keep_checkpoints)
-        comparison = compare_grid(result, data_dir, bootstrap, bootstrap_seed)
+        comparison = compare_grid(result, tasks, bootstrap, bootstrap_seed)
         finish(result, write_sweep_report(comparison, output), output)
 
 

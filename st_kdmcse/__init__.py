@@ -1,16 +1,22 @@
 """Sentence encoders trained with knowledge from CLIP: KDMCSE and its relatives for sentence-transformers."""
 
-from st_kdmcse import functional
-from st_kdmcse.attach import attach_features
-from st_kdmcse.collator import KDMCSEDataCollator
-from st_kdmcse.config import KDMCSEConfig
-from st_kdmcse.data import FeatureStore, FeatureStoreWriter, import_released_json, read_sentences
-from st_kdmcse.examples import MultimodalInputExample, check_examples
-from st_kdmcse.fit import fit_objectives
-from st_kdmcse.losses import ArcCSELoss, KDMCSELoss, MCSELoss, SimCSELoss
-from st_kdmcse.schedule import StepRatioBatchSampler
-from st_kdmcse.student import build_student
-from st_kdmcse.trainer import KDMCSETrainer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from st_kdmcse import functional
+    from st_kdmcse.attach import attach_features
+    from st_kdmcse.collator import KDMCSEDataCollator
+    from st_kdmcse.config import KDMCSEConfig
+    from st_kdmcse.data import FeatureStore, FeatureStoreWriter, import_released_json, read_sentences
+    from st_kdmcse.examples import MultimodalInputExample, check_examples
+    from st_kdmcse.fit import fit_objectives
+    from st_kdmcse.losses import ArcCSELoss, KDMCSELoss, MCSELoss, SimCSELoss
+    from st_kdmcse.schedule import StepRatioBatchSampler
+    from st_kdmcse.student import build_student
+    from st_kdmcse.trainer import KDMCSETrainer
 
 __version__ = "0.1.0"
 
@@ -34,3 +40,30 @@ __all__ = [
     "import_released_json",
     "read_sentences",
 ]
+
+_MODULES = {
+    "attach": ("attach_features",),
+    "collator": ("KDMCSEDataCollator",),
+    "config": ("KDMCSEConfig",),
+    "data": ("FeatureStore", "FeatureStoreWriter", "import_released_json", "read_sentences"),
+    "examples": ("MultimodalInputExample", "check_examples"),
+    "fit": ("fit_objectives",),
+    "losses": ("ArcCSELoss", "KDMCSELoss", "MCSELoss", "SimCSELoss"),
+    "schedule": ("StepRatioBatchSampler",),
+    "student": ("build_student",),
+    "trainer": ("KDMCSETrainer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is used: PyTorch takes seconds, and ``st-kdmcse --help`` does not need it."""
+    if name == "functional":
+        return import_module("st_kdmcse.functional")
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"st_kdmcse.{module}"), name)
+    raise AttributeError(f"module 'st_kdmcse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

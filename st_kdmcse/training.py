@@ -26,6 +26,7 @@ from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerSta
 
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
+from st_kdmcse.data.sts import STSTask
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.losses import KDMCSELoss, MCSELoss, SimCSELoss
 from st_kdmcse.losses.base import TwoViewLoss
@@ -54,6 +55,9 @@ _STATE_FILES = (
 # Options that may differ between a run and its resumption: they do not change what is computed, or (text, features)
 # their content is compared.
 _FREE_TO_CHANGE = {"resume", "report_to", "output_dir", "workers", "text", "features", "extraction", "eval_data"}
+
+# Records of runs did not have these checksums once; such a run may still go on.
+_CHECKSUMS_ADDED = {"sts-dev", "sts-test"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -275,28 +279,70 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     return summary
 
 
-def changes_since_start(options: TrainingOptions) -> list[str]:
+def check_inputs(options: TrainingOptions) -> None:
+    """Load what a run reads and its encoder, as the run will: for many runs of the same data, before the first one.
+
+    Features that are still to be extracted or converted are not looked at.
+
+    Args:
+        options: of any of the runs.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: for what the run would fail of; names the option or the file.
+    """
+    _check_paths(options)
+    _encoder_type(options.model)
+    _load_sts(options)
+    if options.text is not None:
+        read_sentences(options.text, options.text_column, options.deduplicate)
+    if options.features is not None and options.extraction is None and options.features.is_dir():
+        FeatureStore.open(options.features).verify()
+    try:
+        build_student(options.model, options.max_seq_length)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the libraries raise for damaged or missing weights
+        raise ValueError(f"--model {options.model} cannot be loaded: {error}") from error
+
+
+def data_checksums(options: TrainingOptions) -> dict[str, str]:
+    """SHA-256 of the data of a run: "text", "features", and where it evaluates "sts-dev" and "sts-test".
+
+    Args:
+        options: with features, if there are any, in a feature store.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: if the data are not there or malformed.
+    """
+    _check_paths(options)
+    checksums = _sts_checksums(*_load_sts(options))
+    if options.text is not None:
+        checksums["text"] = sha256_file(options.text)
+    if options.features is not None:
+        checksums["features"] = FeatureStore.open(options.features).checksum
+    return checksums
+
+
+def changes_since_start(options: TrainingOptions, checksums: Mapping[str, str] | None = None) -> list[str]:
     """What differs between the run in ``output_dir``, finished or not, and these options and data.
 
     Args:
         options: with features, if there are any, in a feature store.
+        checksums: of the data, where :func:`data_checksums` has been asked already.
 
     Returns:
         Each difference in words, such as "max_steps was 100, is 200"; nothing if there is no run yet.
 
     Raises:
-        ValueError, FileNotFoundError: if the record of the run is damaged, or the data are not there.
+        ValueError, FileNotFoundError, ConnectionError: if the record of the run is damaged, or the data are not there.
     """
     path = options.output_dir / RUN_NAME
     if not path.is_file():
         return []
+    if checksums is None:
+        checksums = data_checksums(options)
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        checksums = {}
-        if options.text is not None:
-            checksums["text"] = sha256_file(options.text)
-        if options.features is not None:
-            checksums["features"] = FeatureStore.open(options.features).checksum
         # Whether the encoder is a RoBERTa decides only defaults, which are not compared.
         return _changes(earlier, _record(options, checksums, _arguments(options, roberta=False)))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -333,16 +379,10 @@ class _Inputs:
 
     @classmethod
     def load(cls, options: TrainingOptions, state: PartialState) -> _Inputs:
-        for name in ("text", "features"):
-            path = getattr(options, name)
-            made = name == "features" and options.extraction is not None
-            if path is not None and not path.exists() and not made:
-                raise FileNotFoundError(f"--{name} {path} does not exist")
-        dev = test = None
-        if options.eval_steps:
-            dev, test = (load_sts_benchmark(options.eval_data, split) for split in ("dev", "test"))
+        _check_paths(options)
+        dev, test = _load_sts(options)
         sources: dict[str, Dataset] = {}
-        checksums = {}
+        checksums = _sts_checksums(dev, test)
         store = None
         if options.text is not None:
             sources["text"] = read_sentences(options.text, options.text_column, options.deduplicate)
@@ -354,6 +394,25 @@ class _Inputs:
             sources["pairs"] = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
             checksums["features"] = store.checksum
         return cls(sources, store, dev, test, checksums)
+
+
+def _check_paths(options: TrainingOptions) -> None:
+    for name in ("text", "features"):
+        path = getattr(options, name)
+        made = name == "features" and options.extraction is not None
+        if path is not None and not path.exists() and not made:
+            raise FileNotFoundError(f"--{name} {path} does not exist")
+
+
+def _load_sts(options: TrainingOptions) -> tuple[STSPairs | None, STSPairs | None]:
+    """STS-B dev and test, for a run that evaluates."""
+    if not options.eval_steps:
+        return None, None
+    return load_sts_benchmark(options.eval_data, "dev"), load_sts_benchmark(options.eval_data, "test")
+
+
+def _sts_checksums(*splits: STSPairs | None) -> dict[str, str]:
+    return {pairs.name: STSTask("STS-B", (pairs,)).checksum for pairs in splits if pairs is not None}
 
 
 def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, ranks: PartialState) -> None:
@@ -397,6 +456,7 @@ def _check_output_dir(options: TrainingOptions) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file")
     found = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    found = {name for name in found if not name.endswith(".tmp")}  # a file that was being written at a kill
     if options.extraction is not None and found and all(name.startswith(_FEATURES) for name in found):
         return  # an extraction that was interrupted or finished, and no training yet
     if options.resume:
@@ -455,7 +515,7 @@ def _changes(earlier: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     checksums = earlier["data_sha256"], run["data_sha256"]
     return changes + [
         f"the {name} data have changed"
-        for name in sorted({*checksums[0], *checksums[1]})
+        for name in sorted({*checksums[0], *(checksums[1].keys() - _CHECKSUMS_ADDED)})
         if checksums[0].get(name) != checksums[1].get(name)
     ]
 
@@ -538,6 +598,7 @@ def _summary(
         "options": run["options"],
         "batch_size": trainer.args.per_device_train_batch_size,
         "learning_rate": trainer.args.learning_rate,
+        "bf16": trainer.args.bf16,
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "seed": options.seed,

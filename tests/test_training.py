@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from st_kdmcse import FeatureStore
 from st_kdmcse.data import true_pair_score
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
-from st_kdmcse.training import METHODS, TrainingOptions, latest_checkpoint, train
+from st_kdmcse.training import METHODS, TrainingOptions, changes_since_start, latest_checkpoint, train
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
@@ -90,7 +91,8 @@ def test_every_method_trains_and_leaves_a_stock_model(arguments, tmp_path, metho
     assert [point["step"] for point in summary["sts_dev_curve"]] == [3, 6]
     assert summary["sts_dev_best"]["spearman"] == max(point["spearman"] for point in summary["sts_dev_curve"])
     assert summary["versions"]["sentence-transformers"].startswith("6.")
-    assert set(summary["data_sha256"]) == {"text", "features"}
+    assert set(summary["data_sha256"]) == {"text", "features", "sts-dev", "sts-test"}
+    assert summary["bf16"] is False
     for number in (summary["sts_dev_before"], summary["sts_test_of_best"]):
         assert f"{100 * number:.2f}" in result.output
     best, last = (SentenceTransformer(str(path), device="cpu") for path in (out, out / "last"))
@@ -297,6 +299,43 @@ def test_a_run_is_not_resumed_with_other_options_or_data(arguments, data, tmp_pa
     result = run(arguments(resume=True, seed=7))
     assert result.exit_code == 2
     assert "seed was 42, is 7" in result.output
+
+
+def test_other_sts_data_are_noticed_and_older_records_do_without(data, tiny_bert, tmp_path):
+    copy = copy_tree(data, tmp_path / "data")
+    options = TrainingOptions(
+        model=str(tiny_bert),
+        text=copy / "text.txt",
+        method="simcse",
+        eval_data=str(copy),
+        output_dir=tmp_path / "out",
+        max_steps=2,
+        batch_size=8,
+        eval_steps=2,
+        bf16=False,
+    )
+    train(options)
+    assert changes_since_start(options) == []
+    test = copy / "STS/STSBenchmark/sts-test.csv"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[1:]))
+    assert changes_since_start(options) == ["the sts-test data have changed"]
+    (tmp_path / "out/training_summary.json").unlink()
+    with pytest.raises(ValueError, match="started otherwise: the sts-test data have changed"):
+        train(replace(options, resume=True))
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    record["data_sha256"] = {"text": record["data_sha256"]["text"]}
+    (tmp_path / "out/run.json").write_text(json.dumps(record))
+    assert changes_since_start(options) == []
+    assert train(replace(options, resume=True))["steps"] == 2
+    # Text or features that there were none of are a change all the same.
+    assert changes_since_start(replace(options, features=copy / "features")) == ["the features data have changed"]
+
+
+def test_a_file_that_was_being_written_at_a_kill_is_no_obstacle(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json.tmp").write_text("{")
+    assert run(arguments(method="simcse", **{"max-steps": 3})).exit_code == 0
+    assert not (tmp_path / "out/run.json.tmp").exists()
 
 
 def test_a_run_that_was_killed_while_finishing_is_finished_by_resuming(arguments, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import click
 from st_kdmcse.cli.training import config_options, training_options
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import load_sts_tasks
+from st_kdmcse.data.sts import STSTask
 from st_kdmcse.evaluation.comparison import Comparison, compare_runs
 from st_kdmcse.evaluation.grid import GridResult, shared_features
+from st_kdmcse.evaluation.report import check_output
 from st_kdmcse.evaluation.runs import read_run
 
 Command = Callable[..., Any]
@@ -97,7 +99,7 @@ def report_options(output: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         replicates = "Replicates of the bootstrap over sentence pairs; 0 for none."
         for option in (
-            click.option("--bootstrap-seed", type=int, default=0, show_default=True),
+            click.option("--bootstrap-seed", type=click.IntRange(0), default=0, show_default=True),
             click.option("--bootstrap", type=click.IntRange(0), default=1000, show_default=True, help=replicates),
             click.option("--output", type=click.Path(path_type=Path), help=f"Folder for the report.  [{output}]"),
             click.option(
@@ -109,6 +111,24 @@ def report_options(output: str) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def prepare_report(data_dir: str | None, output: Path) -> list[STSTask]:
+    """Find out what would spoil the report, before anything is trained or scored for it.
+
+    Args:
+        data_dir: SentEval folder, or None.
+        output: the folder of the report.
+
+    Returns:
+        The STS tasks in ``data_dir``; none without it.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: if there are no such data, or ``output`` is a file.
+        ImportError: without matplotlib.
+    """
+    check_output(output)
+    return load_sts_tasks(data_dir) if data_dir else []
 
 
 def split_options(arguments: dict[str, Any], root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,12 +145,12 @@ def split_options(arguments: dict[str, Any], root: Path) -> tuple[dict[str, Any]
     return {**options, "features": shared_features(root, options["features"])}, config
 
 
-def compare_grid(result: GridResult, data_dir: str | None, bootstrap: int, bootstrap_seed: int) -> Comparison:
+def compare_grid(result: GridResult, tasks: Sequence[STSTask], bootstrap: int, bootstrap_seed: int) -> Comparison:
     """Compare the finished runs of a grid.
 
     Args:
         result: of :func:`~st_kdmcse.evaluation.grid.run_grid`.
-        data_dir: SentEval folder, or None.
+        tasks: of :func:`prepare_report`.
         bootstrap: replicates.
         bootstrap_seed: of the resamples.
 
@@ -141,7 +161,7 @@ def compare_grid(result: GridResult, data_dir: str | None, bootstrap: int, boots
         raise ValueError("no run has finished, so there is nothing to report")
     return compare_runs(
         [read_run(folder) for folder in result.finished],
-        load_sts_tasks(data_dir) if data_dir else (),
+        tasks,
         replicates=bootstrap,
         seed=bootstrap_seed,
         left_out=[f"{folder} failed: {error}" for folder, error in result.failed.items()],

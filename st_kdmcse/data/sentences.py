@@ -125,7 +125,7 @@ def _checked_column(path: Path, column: str | None) -> str | None:
         if column is not None:
             raise ValueError(f"{path} is read as text and has no column {column!r}: leave the column out")
         return None
-    with _named_errors(path):
+    with named_errors(path):
         schema = pq.read_schema(path)
     strings = [field.name for field in schema if _holds_strings(field.type)]
     if column is None:
@@ -145,7 +145,7 @@ def _holds_strings(kind: pa.DataType) -> bool:
 
 
 def _sentences(path: Path, column: str | None, deduplicate: bool, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    texts = _lines(path, on_bytes) if column is None else _rows(path, column, on_bytes)
+    texts = read_lines(path, on_bytes) if column is None else _rows(path, column, on_bytes)
     unit = "lines" if column is None else "rows"
     kept = blank = repeated = 0
     with Seen() if deduplicate else nullcontext() as seen:
@@ -166,8 +166,17 @@ def _sentences(path: Path, column: str | None, deduplicate: bool, on_bytes: Call
         logger.info("%s: left out %d repeated sentences", path, repeated)
 
 
-def _lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    with _named_errors(path), path.open("rb") as file:
+def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    """The lines of a UTF-8 file, plain or gzip, with their ends.
+
+    Args:
+        path: the file.
+        on_bytes: called now and then with the number of bytes read since the last call.
+
+    Raises:
+        ValueError: for a damaged file or one that is not UTF-8 text; names the file and the line.
+    """
+    with named_errors(path), path.open("rb") as file:
         stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if _is_gzip(path) else file
         reported = 0
         for number, line in enumerate(iter(partial(stream.readline, _LINE_BYTES), b""), start=1):
@@ -201,7 +210,7 @@ def _rows(path: Path, column: str, on_bytes: Callable[[int], object]) -> Iterato
     """The values of a column; a missing one is empty."""
     # With a buffer, and not ahead of time: else a whole row group is in memory, and a file may be a single one.
     with (
-        _named_errors(path),
+        named_errors(path),
         pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as file,
     ):
         size, rows = path.stat().st_size, file.metadata.num_rows
@@ -220,7 +229,8 @@ def _rows(path: Path, column: str, on_bytes: Callable[[int], object]) -> Iterato
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of gzip and Parquet about a damaged file into a ValueError that names it."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -28,13 +28,14 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max
 h1, h2 {{ line-height: 1.25; }}
 h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
 .table {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+table {{ border-collapse: collapse; font-size: .75rem; font-variant-numeric: tabular-nums; }}
 caption {{ text-align: left; color: #555; padding-bottom: .4rem; }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }}
+th, td {{ padding: .3rem .25rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }}
 th {{ border-bottom: 2px solid #888; }}
 th:first-child, td:first-child, .text th, .text td {{ text-align: left; }}
 td {{ white-space: nowrap; }}
-.text td {{ white-space: normal; }}
+td:first-child, .text td {{ white-space: normal; }}
+td:first-child {{ min-width: 8rem; overflow-wrap: anywhere; }}
 .warning {{ background: #fff4e0; border-left: 4px solid #d55e00; padding: .6rem 1rem; }}
 figure {{ margin: 1rem 0; }}
 img {{ max-width: 100%; height: auto; }}

@@ -18,7 +18,8 @@ Matrix = npt.NDArray[np.float32]
 Read = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Takes what the model computed for a batch of N sentences; returns (N, dimension) embeddings by name."""
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+"""Tokens of a batch, padding included, by type of device."""
 _LENGTHS_AT_A_TIME = 10_000
 
 
@@ -130,9 +131,9 @@ def encode_distinct_each(
     if not sentences:
         raise ValueError("there are no sentences to encode")
     distinct = list(dict.fromkeys(sentences))
-    lengths = _token_counts(model, distinct)
-    budget = batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"])
-    batches = list(_batches(lengths, budget))
+    lengths = token_counts(model, distinct)
+    budget = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+    batches = list(length_batches(lengths, budget))
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
     found: dict[str, Matrix] = {}
     was_training = model.training
@@ -163,7 +164,7 @@ def encode_distinct_each(
     return {name: SentenceEmbeddings(distinct, matrix) for name, matrix in found.items()}
 
 
-def _token_counts(model: SentenceTransformer, sentences: Sequence[str]) -> npt.NDArray[np.int64]:
+def token_counts(model: SentenceTransformer, sentences: Sequence[str]) -> npt.NDArray[np.int64]:
     """Tokens of each sentence as the model reads it; the number of characters if it has no such tokenizer."""
     tokenizer = getattr(model[0], "tokenizer", None)
     if not callable(tokenizer):
@@ -176,8 +177,13 @@ def _token_counts(model: SentenceTransformer, sentences: Sequence[str]) -> npt.N
     return np.array(counts)
 
 
-def _batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Rows of each batch, the longest sentences first: what does not fit in memory fails at once."""
+def length_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Rows of each batch, the longest sentences first: what does not fit in memory fails at once.
+
+    Args:
+        lengths: (n,) tokens of each sentence.
+        budget: tokens of a batch, padding included; a longer sentence is a batch of its own.
+    """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):

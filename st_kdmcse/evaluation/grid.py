@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import shutil
 import time
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from st_kdmcse.data import import_released_json
+from st_kdmcse.data import import_released_json, sha256_file
+from st_kdmcse.data.files import byte_progress
 from st_kdmcse.provenance import write_json
 from st_kdmcse.training import (
     CHECKPOINTS_NAME,
@@ -26,12 +28,15 @@ from st_kdmcse.training import (
     StopOnSignal,
     TrainingOptions,
     changes_since_start,
+    check_inputs,
+    data_checksums,
     train,
 )
 
 logger = logging.getLogger(__name__)
 
 _FEATURES = "features"
+_SOURCE = "features-source.json"
 
 
 @dataclass(frozen=True)
@@ -121,19 +126,32 @@ def shared_features(root: Path, features: Path | None) -> Path | None:
     """The feature store of a grid; a JSON file of the KDMCSE authors' format is converted once, for all its runs.
 
     Args:
-        root: the folder of the grid; the converted features go to ``root/features``.
+        root: the folder of the grid; the converted features go to ``root/features``, the checksum of the file beside
+            them.
         features: a feature store, such a file, or None.
 
     Raises:
-        ValueError, FileNotFoundError: if there is no such store or file, or it is malformed.
+        ValueError, FileNotFoundError: if there is no such store or file, it is malformed, or ``root/features`` was
+            converted from another one.
     """
     if features is None or features.is_dir():
         return features
     if not features.exists():
         raise FileNotFoundError(f"--features {features} does not exist")
-    made = Path(root) / _FEATURES
-    if not made.exists():
-        import_released_json(features, made)
+    made, record = Path(root) / _FEATURES, Path(root) / _SOURCE
+    with byte_progress(features.stat().st_size, f"Checksum of {features.name}") as progress:
+        source = {"name": features.name, "sha256": sha256_file(features, progress.update)}
+    if made.exists():
+        earlier = _read_source(record)
+        if earlier["sha256"] != source["sha256"]:
+            raise ValueError(
+                f"--features {features} (SHA-256 {source['sha256'][:12]}) is not the file that {made} was converted "
+                f"from, {earlier['name']} (SHA-256 {earlier['sha256'][:12]}): give that one, or choose another folder "
+                "for the grid"
+            )
+        return made
+    write_json(record, source)  # before the features, so that there are none of unknown origin
+    import_released_json(features, made)
     return made
 
 
@@ -153,12 +171,17 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False) ->
     Raises:
         ValueError: if a run was started with other options or data; names the run and what differs, before anything is
             trained.
-        FileNotFoundError: if the data are not there.
+        ValueError, FileNotFoundError, ConnectionError: for a model or data that would stop every run.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written. The same call goes on from there.
     """
-    _check_data(runs[0])
+    checksums: dict[tuple[Any, ...], dict[str, str]] = {}
     for options in runs:
-        changes = changes_since_start(options)
+        if not (options.output_dir / RUN_NAME).is_file():
+            continue
+        data = (options.text, options.features, options.eval_data, options.eval_steps > 0)
+        if data not in checksums:
+            checksums[data] = data_checksums(options)
+        changes = changes_since_start(options, checksums[data])
         if changes:
             raise ValueError(
                 f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}. "
@@ -166,6 +189,9 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False) ->
             )
     result = GridResult()
     done = [options for options in runs if _is_finished(options)]
+    if len(done) < len(runs):
+        # What would stop every run stops the grid.
+        check_inputs(next(options for options in runs if options not in done))
     started, trained = time.perf_counter(), 0
     for number, options in enumerate(runs, start=1):
         if options not in done:
@@ -195,12 +221,15 @@ def _checked(options: Any) -> list[TrainingOptions]:
     return runs
 
 
-def _check_data(options: TrainingOptions) -> None:
-    """What would stop every run stops the grid."""
-    for name in ("text", "features"):
-        path = getattr(options, name)
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"--{name} {path} does not exist")
+def _read_source(record: Path) -> dict[str, str]:
+    try:
+        source = json.loads(record.read_text(encoding="utf-8"))
+        return {name: str(source[name]) for name in ("name", "sha256")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} is missing or damaged, so nobody knows which file {record.with_name(_FEATURES)} was converted "
+            "from: remove that folder to convert the file anew"
+        ) from error
 
 
 def _is_finished(options: TrainingOptions) -> bool:

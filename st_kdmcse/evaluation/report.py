@@ -84,6 +84,24 @@ def write_sweep_report(comparison: Comparison, output: str | Path) -> str:
     return _write(comparison, output, "Margin sweep", [*blocks, *_blocks(comparison)])
 
 
+def check_output(output: str | Path) -> None:
+    """Check that a report can be written, before the work for it is done.
+
+    Args:
+        output: the folder that the report will go to.
+
+    Raises:
+        ValueError: if it is a file, or in one.
+        ImportError: without matplotlib; names the extra.
+    """
+    output = Path(output)
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "is a file" if there == output else f"cannot be made, {there} is a file"
+        raise ValueError(f"--output {output} {what}: name a folder for the report")
+    new_figure()
+
+
 def curves_figure(comparison: Comparison) -> Figure:
     """STS-B dev against the step: the mean over seeds, and a band of one standard deviation on either side."""
     labels = [fill(f"{row.group.label} ({_seeds(row.group)})", 80) for row in comparison.rows]
@@ -119,7 +137,8 @@ def scores_figure(comparison: Comparison) -> Figure:
     rows = [row for row in comparison.rows if row.values]
     labels = [fill(row.group.label, 40) for row in rows]
     longest = max(map(len, "\n".join(labels).split("\n")))
-    figure, (axes,) = new_figure(width=5.5 + 0.07 * longest, height=1.4 + 0.5 * len(rows))
+    lines = max(label.count("\n") + 1 for label in labels)
+    figure, (axes,) = new_figure(width=5.5 + 0.07 * longest, height=1.4 + max(0.5, 0.2 * lines) * len(rows))
     for number, row in enumerate(rows):
         color, marker = _look(number)
         score = summarize(row.values or [])
@@ -182,8 +201,7 @@ def margin_figure(comparison: Comparison) -> Figure:
 
 def _write(comparison: Comparison, output: str | Path, title: str, blocks: Sequence[Block]) -> str:
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: name a folder for the report")
+    check_output(output)
     document = [Heading(title, 1), *blocks]
     save_plots(document, output)
     (output / "report.md").write_text(to_markdown(document), encoding="utf-8")
@@ -428,7 +446,11 @@ def _pair_row(pair: Pair) -> list[str]:
 def _p(p: float | None, corrected: float | None = None) -> str:
     if p is None:
         return _DASH
-    return f"{p:.3f}" if corrected is None else f"{p:.3f} ({corrected:.3f})"
+    return _small(p) if corrected is None else f"{_small(p)} ({_small(corrected)})"
+
+
+def _small(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _cell(score: Summary | None, digits: int = 2) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -28,19 +29,21 @@ logger = logging.getLogger(__name__)
 
 Checkpoint = Literal["best", "last"]
 
+_MODULES = "modules.json"
 _WEIGHTS = "model.safetensors"
+_NOT_LOADED = {SUMMARY_NAME, RUN_NAME, "README.md"}
 _CACHE = "evaluation"
 _DEFAULTS: Mapping[str, KDMCSEConfig] = {"paper": KDMCSEConfig.paper(), "released": KDMCSEConfig.released()}
 _SHARED_OPTIONS = (
     "model",
     "recipe",
+    "text_column",
     "max_seq_length",
     "deduplicate",
     "pair_every",
     "captions_per_image",
     "eval_steps",
     "gather_across_devices",
-    "bf16",
 )
 _MEASURED = ("batch_size", "learning_rate", "processes", "steps")
 
@@ -76,8 +79,9 @@ class Run:
         usual = _DEFAULTS[self.summary["recipe"]]
         return {
             "method": self.summary["method"],
-            **{name: options[name] for name in _SHARED_OPTIONS},
+            **{name: options.get(name) for name in _SHARED_OPTIONS},
             **{name: self.summary[name] for name in _MEASURED},
+            "bf16": self.summary.get("bf16", options["bf16"]),  # older summaries have what was asked for only
             **{name: value for name, value in options["config"].items() if value != getattr(usual, name)},
             **{f"{name} data": checksum[:12] for name, checksum in sorted(self.summary["data_sha256"].items())},
         }
@@ -157,7 +161,8 @@ def find_runs(places: Sequence[str | Path]) -> FoundRuns:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a folder holds no finished run, or a ``training_summary.json`` is damaged.
+        ValueError: if a folder holds no finished run, a run is given two names, or a ``training_summary.json`` is
+            damaged.
     """
     runs: dict[Path, Run] = {}
     left_out = []
@@ -170,7 +175,10 @@ def find_runs(places: Sequence[str | Path]) -> FoundRuns:
             if not (path / SUMMARY_NAME).is_file():
                 left_out.append(f"{path} is not finished: it has no {SUMMARY_NAME}")
                 continue
-            runs.setdefault(path.resolve(), read_run(path, label))
+            run = runs.setdefault(path.resolve(), read_run(path, label))
+            if run.label != label:
+                names = " and ".join(f"as {name}" if name else "without a label" for name in (run.label, label))
+                raise ValueError(f"{path} is named twice, {names}: a run has one label")
             finished += 1
         if not finished:
             unfinished = f" ({'; '.join(left_out)})" if left_out else ""
@@ -275,7 +283,7 @@ def score_runs(
             checksum = {}
             for checkpoint in checkpoints:
                 model = _model_folder(run, checkpoint)
-                checksum[checkpoint] = sha256_file(model / _WEIGHTS)
+                checksum[checkpoint] = _model_checksum(model)
                 if checkpoint == "last" and checksum["last"] == checksum["best"]:
                     found[run.folder, "last"] = found[run.folder, "best"]
                 else:
@@ -289,6 +297,8 @@ def _labelled(place: str | Path) -> tuple[str | None, Path]:
     label, separator, folder = str(place).partition("=")
     if not separator or Path(place).exists():
         return None, Path(place)
+    if not label or not folder:
+        raise ValueError(f"{place}: give LABEL=FOLDER, with a label before the equals sign and a folder behind it")
     return label, Path(folder)
 
 
@@ -303,21 +313,34 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 
 def _shown(name: str, value: Any) -> str:
-    return f"{name.replace('_', ' ')} {value}"
+    return f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
 
 
 def _model_folder(run: Run, checkpoint: Checkpoint) -> Path:
     last = run.folder / LAST_NAME
     folder = last if checkpoint == "last" and last.is_dir() else run.folder
-    if not (folder / _WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} holds no model: {_WEIGHTS} is missing; restore it, or leave the run out")
+    for name in (_MODULES, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no model: {name} is missing; restore it, or leave the run out")
     return folder
 
 
-def _scores(folder: Path, weights: str, tasks: Sequence[STSTask], cache: Path) -> Scores:
-    """From the cache if weights and data are those of then, else computed and put there."""
+def _model_checksum(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files that loading the model may read."""
+    try:
+        places = [module["path"] for module in json.loads((folder / _MODULES).read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _MODULES} is damaged: restore it, or leave the run out") from error
+    found = {path for path in folder.iterdir() if path.name not in _NOT_LOADED and path.suffix != ".tmp"}
+    found |= {path for place in places if place for path in (folder / place).rglob("*")}
+    files = {path.relative_to(folder).as_posix(): sha256_file(path) for path in found if path.is_file()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _scores(folder: Path, checksum: str, tasks: Sequence[STSTask], cache: Path) -> Scores:
+    """From the cache if model and data are those of then, else computed and put there."""
     checksums = {task.name: task.checksum for task in tasks}
-    known = _cached(cache, weights, checksums)
+    known = _cached(cache, checksum, checksums)
     if known is not None:
         return known
     model = load_model(str(folder))
@@ -328,15 +351,15 @@ def _scores(folder: Path, weights: str, tasks: Sequence[STSTask], cache: Path) -
     with partial.open("wb") as file:
         np.savez(file, **result.similarities)  # type: ignore[arg-type, unused-ignore]
     partial.replace(cache.with_suffix(".npz"))
-    record = {"spearman": result.spearman, "details": result.details, "weights_sha256": weights}
+    record = {"spearman": result.spearman, "details": result.details, "model_sha256": checksum}
     write_json(cache, {**record, **provenance(model, folder.name, checksums)})
     return Scores(spearman, result.similarities)
 
 
-def _cached(cache: Path, weights: str, checksums: Mapping[str, str]) -> Scores | None:
+def _cached(cache: Path, checksum: str, checksums: Mapping[str, str]) -> Scores | None:
     try:
         record = json.loads(cache.read_text(encoding="utf-8"))
-        if record["weights_sha256"] != weights or not checksums.items() <= record["data_sha256"].items():
+        if record.get("model_sha256") != checksum or not checksums.items() <= record["data_sha256"].items():
             return None
         with np.load(cache.with_suffix(".npz")) as arrays:
             similarities = {name: arrays[name] for name in checksums}

@@ -10,7 +10,7 @@ from helpers import copy_tree, load_command
 from sentence_transformers import SentenceTransformer
 from small_runs import options, write_data
 
-from st_kdmcse.data import load_sts_tasks, sha256_file
+from st_kdmcse.data import load_sts_tasks
 from st_kdmcse.evaluation.comparison import PRESENT, compare_runs
 from st_kdmcse.evaluation.grid import method_grid, run_grid
 from st_kdmcse.evaluation.runs import find_runs, score_runs
@@ -59,9 +59,6 @@ def test_a_second_report_evaluates_nothing(root, data):
     files = sorted(root.rglob("evaluation/sts-*"))
     before = {path: path.stat().st_mtime_ns for path in files}
     assert len([path for path in files if path.name == "sts-best.json"]) == 4
-    # Weights that cannot be loaded by name show that the models are not touched.
-    for path in root.rglob("config.json"):
-        path.write_text("{}")
     result = run(root, "--data-dir", data, "--output", root / "report")
     assert result.exit_code == 0, result.output
     assert {path: path.stat().st_mtime_ns for path in files} == before
@@ -78,9 +75,23 @@ def test_other_weights_or_a_damaged_cache_are_scored_anew(root, data):
     shutil.copy(root / "simcse/seed-1/last/model.safetensors", found.folder)
     again = score_runs([found], tasks)[found.folder, "best"]
     assert not np.array_equal(again.similarities["STS12"], first.similarities["STS12"])
-    assert json.loads(cache.with_suffix(".json").read_text())["weights_sha256"] == sha256_file(
-        root / "simcse/seed-1/last/model.safetensors"
-    )
+
+
+def test_another_pooling_is_scored_anew_and_a_note_is_not(root, data):
+    tasks, (found, *_) = load_sts_tasks(data), find_runs([root / "mcse/seed-0"]).runs
+    first = score_runs([found], tasks)[found.folder, "best"]
+    cache = found.folder / "evaluation/sts-best.json"
+    before = cache.stat().st_mtime_ns
+    (found.folder / "README.md").write_text("my best model")
+    score_runs([found], tasks)
+    assert cache.stat().st_mtime_ns == before
+    pooling = found.folder / "1_Pooling/config.json"
+    assert '"cls"' in pooling.read_text()
+    pooling.write_text(pooling.read_text().replace('"cls"', '"mean"'))
+    again = score_runs([found], tasks)[found.folder, "best"]
+    expected = evaluate_sts(SentenceTransformer(str(found.folder), device="cpu"), tasks)
+    np.testing.assert_allclose(again.similarities["STS12"], expected.similarities["STS12"], atol=1e-6)
+    assert not np.allclose(again.similarities["STS12"], first.similarities["STS12"], atol=1e-3)
 
 
 def test_other_pairs_are_scored_anew(root, data, tmp_path):
@@ -159,3 +170,21 @@ def test_bad_input_is_one_line(root, data, tmp_path, damage, message):
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-dir", "nowhere/at/all"], "there is no folder nowhere/at/all"),
+        (["--output", "FILE"], "is a file: name a folder"),
+        (["--output", "FILE/report"], "is a file: name a folder"),
+        (["--bootstrap-seed", -1], "--bootstrap-seed"),
+    ],
+)
+def test_what_spoils_the_report_is_found_before_anything_is_scored(root, data, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    given = [str(each).replace("FILE", str(tmp_path / "file")) for each in arguments]
+    result = run(root, "--data-dir", data, *given)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(root.rglob("evaluation"))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from helpers import load_command
+from helpers import copy_tree, load_command
 from small_runs import flags, options, write_data
 
+from st_kdmcse import FeatureStore
 from st_kdmcse.evaluation.grid import margin_grid, method_grid, run_grid, shared_features
 from st_kdmcse.training import train
 
@@ -128,11 +129,70 @@ def test_checkpoints_are_kept_on_demand(data, tiny_bert, tmp_path):
     assert (run.output_dir / "checkpoints/checkpoint-2/optimizer.pt").is_file()
 
 
-def test_released_features_are_converted_once(tmp_path, data):
+@pytest.mark.parametrize(
+    ("damage", "changes", "message"),
+    [
+        (None, {"model": "bert-bse"}, "--model bert-bse is neither"),
+        (lambda folder: (folder / "model.safetensors").unlink(), {}, r"--model .*copy cannot be loaded: "),
+        (None, {"max_seq_length": 65}, "from 2 to the 64 positions"),
+        (None, {"eval_data": "/nowhere"}, "there is no folder /nowhere"),
+        (None, {"text_column": "title"}, "title"),
+    ],
+)
+def test_what_would_stop_every_run_stops_the_grid(data, tiny_bert, tmp_path, damage, changes, message):
+    model = copy_tree(tiny_bert, tmp_path / "copy")
+    if damage:
+        damage(model)
+    with pytest.raises((ValueError, OSError), match=message):
+        run_grid(method_grid(tmp_path / "root", ["simcse"], [0, 1], **{**options(data, model), **changes}))
+    assert not (tmp_path / "root").exists()
+
+
+def test_features_of_a_store_are_used_where_they_are(tmp_path, data):
     assert shared_features(tmp_path, data / "features") == data / "features"
     assert shared_features(tmp_path, None) is None
     with pytest.raises(FileNotFoundError, match="does not exist"):
         shared_features(tmp_path, tmp_path / "absent.json")
+
+
+def test_released_features_are_converted_once(tmp_path):
+    def write(name, value):
+        image = {"image_feat": [value, 0.5], "captions": ["a dog", "two dogs"], "lang_feat": [[1.0, 0.0], [0.0, 1.0]]}
+        (tmp_path / name).write_text(json.dumps({"1.jpg": image}))
+        return tmp_path / name
+
+    first, root = write("first.json", 0.25), tmp_path / "root"
+    made = shared_features(root, first)
+    assert made == root / "features"
+    assert FeatureStore.open(made).gather([0]).image_features.tolist() == [[0.25, 0.5]]
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert shared_features(root, first.rename(tmp_path / "moved.json")) == made
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    with pytest.raises(ValueError, match=r"second\.json .* is not the file that .*features was .* first\.json"):
+        shared_features(root, write("second.json", 0.75))
+    shutil.rmtree(made)
+    shared_features(root, tmp_path / "second.json")
+    assert FeatureStore.open(made).gather([0]).image_features.tolist() == [[0.75, 0.5]]
+    (root / "features-source.json").unlink()
+    with pytest.raises(ValueError, match=r"features-source\.json is missing or damaged"):
+        shared_features(root, tmp_path / "second.json")
+
+
+@pytest.mark.parametrize("script", ["ablation", "margin_sweep"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_dir": "nowhere/at/all"}, "there is no folder nowhere/at/all"),
+        ({"output": Path(__file__)}, "is a file: name a folder"),
+        ({"bootstrap_seed": -1}, "--bootstrap-seed"),
+    ],
+)
+def test_what_spoils_the_report_is_found_before_training(data, tiny_bert, tmp_path, script, changes, message):
+    arguments = [str(tmp_path / "root"), *flags(data, tiny_bert, **changes)]
+    result = CliRunner().invoke(load_command(f"evaluation/{script}.py"), arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "root").exists()
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 # ruff: noqa: RUF001
 
+import itertools
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,7 +15,14 @@ from small_runs import write_summary
 
 from st_kdmcse.evaluation.comparison import PRESENT, compare_runs
 from st_kdmcse.evaluation.document import Bullets, Heading, Paragraph, Table, to_html, to_markdown
-from st_kdmcse.evaluation.report import curves_figure, margin_figure, write_report, write_sweep_report
+from st_kdmcse.evaluation.report import (
+    check_output,
+    curves_figure,
+    margin_figure,
+    scores_figure,
+    write_report,
+    write_sweep_report,
+)
 from st_kdmcse.evaluation.runs import find_runs, group_runs, read_run
 
 
@@ -145,6 +154,37 @@ def test_folders_without_runs(tmp_path):
         find_runs([tmp_path])
 
 
+@pytest.mark.parametrize("place", ["ours=", "=a"])
+def test_half_a_label(tmp_path, place):
+    with pytest.raises(ValueError, match=f"{place}: give LABEL=FOLDER"):
+        find_runs([place])
+
+
+def test_a_run_has_one_label(root):
+    assert len(find_runs([f"ours={root / 'a'}", f"ours={root / 'a/seed-0'}"]).runs) == 3
+    with pytest.raises(ValueError, match="seed-0 is named twice, as ours and as theirs"):
+        find_runs([f"ours={root / 'a'}", f"theirs={root / 'a'}"])
+    with pytest.raises(ValueError, match="seed-0 is named twice, without a label and as ours"):
+        find_runs([root, f"ours={root / 'a/seed-0'}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "label"),
+    [
+        ({"text_column": "title"}, {}, "text column title"),
+        ({}, {"bf16": True}, "bf16 True"),
+        ({"config": {"temperature": 0.1 + 0.2}}, {}, "temperature 0.3"),
+        ({}, {"data_sha256": {"text": "a" * 64, "features": "b" * 64, "sts-dev": "c" * 64}}, "sts-dev data cccccc"),
+    ],
+)
+def test_what_decides_the_result_makes_another_group(tmp_path, options, changes, label):
+    write_summary(tmp_path / "0")
+    write_summary(tmp_path / "1", seed=1, options=options, **changes)
+    first, second = group_runs(find_runs([tmp_path]).runs)
+    assert first.label.startswith("kdmcse (")
+    assert f"({label}" in second.label
+
+
 def test_runs_without_any_score(tmp_path):
     never = {"sts_dev_before": None, "sts_dev_curve": [], "sts_dev_best": None, "sts_dev_last": None}
     write_summary(tmp_path, sts_test_of_best=None, **never)
@@ -206,6 +246,35 @@ def test_a_file_in_the_place_of_the_report(root, tmp_path):
     (tmp_path / "report").touch()
     with pytest.raises(ValueError, match="is a file: name a folder"):
         write_report(compare(root), tmp_path / "report")
+    with pytest.raises(ValueError, match=r"cannot be made, .*/report is a file"):
+        check_output(tmp_path / "report/of/today")
+    check_output(tmp_path / "of/today")
+
+
+def test_a_report_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="plots need matplotlib"):
+        check_output(tmp_path / "report")
+
+
+def test_tiny_p_values_are_not_zero(tmp_path):
+    for seed in range(3):
+        write_summary(tmp_path / f"a/{seed}", "kdmcse", seed, test=0.9 + 0.001 * seed)
+        write_summary(tmp_path / f"b/{seed}", "mcse", seed, test=0.5 + 0.001 * seed)
+    write_report(compare(tmp_path), tmp_path / "report")
+    assert "| +40.00 | <0.001 (<0.001) | <0.001 |" in (tmp_path / "report/report.md").read_text()
+
+
+def test_long_labels_do_not_overlap(tmp_path):
+    for number in range(14):
+        config = {"temperature": 0.05 + number / 100, "multimodal_weight": 0.1 + number}
+        options = {"config": config, "max_seq_length": 20 + number, "model": f"organisation/encoder-number-{number}"}
+        write_summary(tmp_path / str(number), "kdmcse-without-adapacse", test=0.7 + number / 100, options=options)
+    figure = scores_figure(compare(tmp_path))
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == 14
+    assert all(above.y0 >= below.y1 for above, below in itertools.pairwise(boxes))
 
 
 def test_curves_show_mean_and_band(root):

@@ -1,0 +1,20 @@
+"""Semantic search: an index of texts that a sentence encoder finds by meaning."""
+
+from st_kdmcse.search.base import Filter, Hit, Metadata, SearchBackend
+from st_kdmcse.search.build import build_index
+from st_kdmcse.search.faiss_backend import FaissBackend
+from st_kdmcse.search.records import Record, RecordFile
+from st_kdmcse.search.semantic_index import SemanticIndex, UnknownIdError
+
+__all__ = [
+    "FaissBackend",
+    "Filter",
+    "Hit",
+    "Metadata",
+    "Record",
+    "RecordFile",
+    "SearchBackend",
+    "SemanticIndex",
+    "UnknownIdError",
+    "build_index",
+]

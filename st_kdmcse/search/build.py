@@ -1,0 +1,307 @@
+"""Building an index of more texts than memory holds: block by block, to be resumed after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
+
+from st_kdmcse.data.files import sha256_file
+from st_kdmcse.data.seen import Seen
+from st_kdmcse.provenance import parameters_checksum, write_json
+from st_kdmcse.search.base import Matrix, Rows
+from st_kdmcse.search.encoding import encode_documents
+from st_kdmcse.search.factory import build_faiss, check_recall_target, held_out_swaps
+from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
+from st_kdmcse.search.records import Record
+from st_kdmcse.search.semantic_index import SemanticIndex, model_header
+from st_kdmcse.search.storage import LOCK, check_free, is_index, locked, write_index
+from st_kdmcse.search.table import Table
+
+logger = logging.getLogger(__name__)
+
+BLOCK_ROWS = 4096
+"""Records that are encoded, and saved, at a time."""
+
+_RUN, _TABLE = "run.json", "rows.sqlite"
+
+
+def build_index(
+    records: Callable[[], Iterable[Record]],
+    model: SentenceTransformer,
+    model_name: str | None,
+    path: str | Path,
+    *,
+    source: Mapping[str, str],
+    factory: str | None = None,
+    recall_target: float = 0.95,
+    memory_limit: int | None = None,
+    devices: Sequence[str] | None = None,
+    block_rows: int = BLOCK_ROWS,
+    show_progress_bar: bool | None = None,
+) -> SemanticIndex:
+    """Build and save an index in memory that a block of records and the index bound.
+
+    A first pass over the records counts and checks them. In the second, blocks of 4,096 are encoded, texts of like
+    length together, and saved in the folder ``NAME.parts`` beside ``path``: embeddings as an array, ids, texts and
+    metadata in SQLite. Killed at any moment, the same call goes on after the last finished block. Then the index is
+    trained, filled, tuned and saved at once, and the folder is removed; a kill meanwhile costs no embeddings. The disk
+    holds all embeddings as float32 until then.
+
+    Args:
+        records: gives all records, the same ones at each call.
+        model: that encodes them; on several devices copies of it do.
+        model_name: hub name or folder that it was loaded from, by which the index finds it again.
+        path: folder for the index; there must be none.
+        source: identity of the input, such as a file's name and SHA-256: what was begun goes on only with the same.
+        factory: FAISS's name of the index type; None chooses one, see
+            :func:`~st_kdmcse.search.factory.choose_factory`, and logs it.
+        recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
+        memory_limit: bytes for the vectors.
+        devices: that share the encoding, such as ["cuda:0", "cuda:1"]; None takes all GPUs where there are several.
+        block_rows: records that are encoded, and saved, at a time.
+        show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
+
+    Returns:
+        The index, as loaded from ``path``.
+
+    Raises:
+        ValueError: if there is no record, one cannot be used (names it), an index is there already, what was begun
+            before belongs to other records, another model or another process, or the records changed meanwhile.
+        ImportError: without FAISS; names the extra.
+    """
+    path = Path(path)
+    check_recall_target(recall_target)
+    unfinished = path.with_name(f"{path.name}.parts")
+    if is_index(path) and (unfinished / _RUN).is_file():  # killed after the last step
+        with _Parts.claimed(unfinished, model, source, block_rows) as parts:
+            parts.remove()
+        return SemanticIndex.load(path, model)
+    check_free(path)
+    total = _check(records(), show_progress_bar)
+    factory = chosen_factory(total, int(model.get_embedding_dimension() or 0), factory, memory_limit)
+    with _Parts.claimed(unfinished, model, source, block_rows) as parts:
+        with _pool(model, devices) as pool:
+            _encode(
+                records(), total, lambda texts: encode_documents(model, texts, pool, False), parts, show_progress_bar
+            )
+        vectors = _PartVectors(parts, total)
+        index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
+        write_index(path, FaissBackend(index, parts.table, factory, tuning), model_header(model, model_name))
+        del index
+        parts.remove()
+    return SemanticIndex.load(path, model)
+
+
+class _Parts:
+    """The folder of an unfinished build.
+
+    Part n holds the embeddings of block n in ``part-n.npy``; the rows are in the table, at their positions in the index
+    to be. ``part-n.json`` comes last: it says that both are whole, and what records they were made from.
+    """
+
+    def __init__(self, path: Path, dim: int, block_rows: int) -> None:
+        self.path, self.dim, self.block_rows = path, dim, block_rows
+        self.table = Table.create(path / _TABLE)
+
+    @classmethod
+    @contextmanager
+    def claimed(
+        cls, path: Path, model: SentenceTransformer, source: Mapping[str, str], block_rows: int
+    ) -> Iterator[_Parts]:
+        """Begin, or go on with what was begun for the same records and model."""
+        dim = int(model.get_embedding_dimension() or 0)
+        run = {"source": dict(source), "model": parameters_checksum(model), "dim": dim, "block_rows": block_rows}
+        with locked(path):
+            if (path / _RUN).is_file():
+                earlier = _read_json(path / _RUN) or {}
+                changes = [name for name, value in run.items() if earlier.get(name) != value]
+                if changes:
+                    raise ValueError(
+                        f"what was begun in {path} differs in {', '.join(changes)} ({_shown(earlier, changes)}, now "
+                        f"{_shown(run, changes)}): delete that folder to begin anew, or choose another output"
+                    )
+            else:
+                write_json(path / _RUN, run)
+            parts = cls(path, dim, block_rows)
+            try:
+                yield parts
+            finally:
+                parts.table.close()
+
+    def finished(self, number: int, records: Sequence[Record], positions: Sequence[int]) -> bool:
+        """Whether a part is there, whole.
+
+        Raises:
+            ValueError: if it was made from other records.
+        """
+        note = _read_json(self._file(number, "json"))
+        if note is None:
+            return False
+        if note.get("records") != _digest(records):
+            raise ValueError(
+                f"{self._file(number, 'npy')} was made from other records, though their source is the same: delete "
+                f"{self.path} to begin anew"
+            )
+        array = self._file(number, "npy")
+        if not array.is_file() or sha256_file(array) != note.get("sha256"):
+            logger.warning("%s is damaged and is made again", array)
+            return False
+        ids = [record.id for record in records]
+        return self.table.known(ids) == dict(zip(ids, positions, strict=True))
+
+    def write(self, number: int, records: Sequence[Record], positions: Sequence[int], embeddings: Matrix) -> None:
+        """Save a part; it is there, whole, when this returns."""
+        ids, texts = [record.id for record in records], [record.text for record in records]
+        rows = Rows.checked(ids, texts, embeddings, [record.metadata for record in records])
+        array = self._file(number, "npy")
+        temporary = array.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, rows.embeddings)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(array)
+        with self.table.transaction():
+            self.table.delete(ids)
+            self.table.insert(positions, ids, texts, rows.metadata)
+        write_json(self._file(number, "json"), {"records": _digest(records), "sha256": sha256_file(array)})
+
+    def array(self, number: int) -> npt.NDArray[np.float32]:
+        """Embeddings of a part, memory-mapped."""
+        array: npt.NDArray[np.float32] = np.load(self._file(number, "npy"), mmap_mode="r", allow_pickle=False)
+        return array
+
+    def remove(self) -> None:
+        """Delete the folder; what tells that it is one goes last."""
+        self.table.close()
+        for file in self.path.iterdir():
+            if file.name not in (_RUN, LOCK):
+                file.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, number: int, suffix: str) -> Path:
+        return self.path / f"part-{number:06d}.{suffix}"
+
+
+class _PartVectors:
+    """All embeddings in the order of the index, read from the parts as they are needed."""
+
+    def __init__(self, parts: _Parts, rows: int) -> None:
+        self.shape = (rows, parts.dim)
+        self._parts = parts
+        self._swaps = held_out_swaps(rows)
+
+    def __getitem__(self, rows: Any) -> Matrix:
+        wanted = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else np.asarray(rows)
+        wanted = np.fromiter((self._swaps.get(row, row) for row in wanted.tolist()), dtype=np.int64, count=len(wanted))
+        found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
+        numbers = wanted // self._parts.block_rows
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            found[here] = self._parts.array(number)[wanted[here] % self._parts.block_rows]
+        return found
+
+
+def _check(records: Iterable[Record], show: bool | None) -> int:
+    """The number of records; each must be fit for the index."""
+    total = 0
+    with Seen() as seen, _progress(None, "Checking", show) as progress:
+        for total, record in enumerate(records, start=1):
+            Rows.checked([record.id], [record.text], np.ones((1, 1)), [record.metadata])
+            if not isinstance(record.text, str) or not record.text.strip():
+                raise ValueError(f"record {total} (id {record.id!r}): the text is {record.text!r}, expected one")
+            if not seen.add(record.id):
+                raise ValueError(f"record {total}: the id {record.id!r} was there before; ids name one record each")
+            progress.update()
+    if not total:
+        raise ValueError("there are no records to index")
+    return total
+
+
+def _encode(
+    records: Iterable[Record],
+    total: int,
+    encode: Callable[[Sequence[str]], Matrix],
+    parts: _Parts,
+    show: bool | None,
+) -> None:
+    """Make all parts that are not finished."""
+    swaps = held_out_swaps(total)
+    source = iter(records)
+    done = reused = 0
+    with _progress(total, "Encoding", show) as progress:
+        for number in range(-(-total // parts.block_rows)):
+            block = list(islice(source, min(parts.block_rows, total - done)))
+            if len(block) < min(parts.block_rows, total - done):
+                break
+            positions = [swaps.get(row, row) for row in range(done, done + len(block))]
+            done += len(block)
+            if parts.finished(number, block, positions):
+                reused += len(block)
+            else:
+                parts.write(number, block, positions, encode([record.text for record in block]))
+            progress.update(len(block))
+    if reused:
+        logger.info("went on with %s of %s records that were encoded before", f"{reused:,}", f"{total:,}")
+    if done < total or next(source, None) is not None:
+        raise ValueError(f"there were {total:,} records at first and another number later: leave the source as it is")
+
+
+@contextmanager
+def _pool(model: SentenceTransformer, devices: Sequence[str] | None) -> Iterator[Any]:
+    """Processes that encode on several devices; None where there is one."""
+    if devices is None and model.device.type == "cuda" and torch.cuda.device_count() > 1:
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if not devices:
+        yield None
+        return
+    device = model.device
+    pool = model.start_multi_process_pool(list(devices))
+    try:
+        yield pool
+    finally:
+        model.stop_multi_process_pool(pool)
+        model.to(device)  # the pool has moved it to the CPU
+
+
+def _digest(records: Iterable[Record]) -> str:
+    content = hashlib.sha256()
+    for record in records:
+        content.update(json.dumps([record.id, record.text, record.metadata]).encode())
+    return content.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a file; None if there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _shown(run: Mapping[str, Any], names: Sequence[str]) -> str:
+    return json.dumps({name: run.get(name) for name in names}, ensure_ascii=False)
+
+
+def _progress(total: int | None, description: str, show: bool | None) -> tqdm[Any]:
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="text",
+        delay=2 if show is None else 0,
+        disable=None if show is None else not show,
+    )

@@ -1,0 +1,389 @@
+"""Rows in memory: vectors in a FAISS index, ids, texts and metadata in SQLite."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from st_kdmcse.search.base import Filter, Hit, Matrix, Rows
+from st_kdmcse.search.factory import (
+    EXACT_ROWS,
+    RECALL_AT,
+    Tuning,
+    build_faiss,
+    choose_factory,
+    effort_name,
+    get_effort,
+    held_out_swaps,
+    is_exact,
+    load_faiss,
+    new_index,
+    searching,
+    train,
+)
+from st_kdmcse.search.table import Positions, Table
+
+logger = logging.getLogger(__name__)
+
+Selection = npt.NDArray[np.bool_]
+
+_REMEMBERED_FILTERS = 16
+_COMPACT_ABOVE = 1000
+_MOST_EFFORT = 4096
+_QUERIES_AT_A_TIME = 1024
+
+
+class FaissBackend:
+    """Rows of one machine as a :class:`~st_kdmcse.search.base.SearchBackend`; nothing is on disk until it is saved.
+
+    Whatever the index type, a search returns as many rows as there are, up to k: where the approximate search finds
+    fewer (with a filter that lets few rows through, or a large k), it compares with all rows instead. A row that is
+    removed or replaced leaves its vector behind, which no search returns; when these are more than the others the
+    index is filled anew without them. Calls from several threads take turns.
+
+    Scores of an index that compresses (SQ, PQ) are those of the compressed vectors, and approximate.
+
+    Args:
+        index: of FAISS, for inner products; vector i belongs to the row at position i of the table.
+        table: ids, texts and metadata.
+        factory: FAISS's name of the index type.
+        tuning: what was measured, if anything.
+
+    Raises:
+        ImportError: without FAISS; names the extra.
+        ValueError: if the two do not fit together.
+    """
+
+    def __init__(self, index: Any, table: Table, factory: str, tuning: Tuning | None = None) -> None:
+        self.index = index
+        self.table = table
+        self.factory = factory
+        self.tuning = tuning
+        self._lock = threading.RLock()
+        self._filters: dict[str, Selection] = {}
+        self._live = np.zeros(index.ntotal, dtype=np.bool_)
+        positions = table.all_positions() if len(table) < index.ntotal else np.arange(index.ntotal)
+        if len(table) > index.ntotal or (positions.size and positions[-1] >= index.ntotal):
+            raise ValueError(
+                f"the table has {len(table)} rows, the index {index.ntotal} vectors: they do not belong together"
+            )
+        self._live[positions] = True
+
+    @classmethod
+    def empty(cls, dim: int, factory: str = "Flat") -> FaissBackend:
+        """An index without rows; a type that needs training is trained on the first rows that are added."""
+        return cls(new_index(dim, factory), Table.temporary(), factory)
+
+    @classmethod
+    def build(
+        cls,
+        rows: Rows,
+        factory: str | None = None,
+        recall_target: float = 0.95,
+        memory_limit: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> FaissBackend:
+        """An index of rows that are in memory.
+
+        Args:
+            rows: n rows.
+            factory: FAISS's name of the index type; None chooses one, see
+                :func:`~st_kdmcse.search.factory.choose_factory`, and logs it.
+            recall_target: see :func:`~st_kdmcse.search.factory.build_faiss`.
+            memory_limit: bytes for the vectors.
+            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        """
+        factory = chosen_factory(len(rows), rows.embeddings.shape[1], factory, memory_limit)
+        swaps = held_out_swaps(len(rows))
+        order = np.arange(len(rows))
+        order[list(swaps)] = list(swaps.values())
+        vectors = rows.embeddings[order] if swaps else rows.embeddings
+        index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
+        table = Table.temporary()
+        with table.transaction():
+            table.insert(np.argsort(order), rows.ids, rows.texts, rows.metadata)
+        return cls(index, table, factory, tuning)
+
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        return int(self.index.d)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.table)
+
+    def add(self, rows: Rows) -> None:
+        """Store new rows; all or none.
+
+        Raises:
+            ValueError: if an id is there already, the width does not fit, or they are too few to train the index.
+        """
+        with self._lock:
+            self._append(rows, replaced=False)
+
+    def replace(self, rows: Rows) -> None:
+        """Store rows in the place of those with the same ids.
+
+        Raises:
+            KeyError: if an id is not there; nothing is changed.
+            ValueError: if the width does not fit.
+        """
+        with self._lock:
+            old = self.table.positions(rows.ids)
+            self._append(rows, replaced=True)
+            self._bury(old)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove rows.
+
+        Raises:
+            KeyError: if an id is not there; nothing is changed.
+        """
+        with self._lock:
+            old = self.table.positions(ids)
+            with self.table.transaction():
+                self.table.delete(ids)
+            self._bury(old)
+
+    def get(self, ids: Sequence[str]) -> list[Hit]:
+        """Rows by id, with score 1.
+
+        Raises:
+            KeyError: if an id is not there.
+        """
+        with self._lock:
+            positions = self.table.positions(ids)
+            rows = self.table.rows(positions)
+        hits = []
+        for position in positions.tolist():
+            key, text, metadata = rows[position]
+            hits.append(Hit(key, text, 1.0, metadata))
+        return hits
+
+    def search(self, queries: Matrix, k: int, where: Filter | None = None) -> list[list[Hit]]:
+        """The k nearest rows of each query, best first; fewer where there are fewer.
+
+        Args:
+            queries: (n, dim) float32 of length 1.
+            k: at least 1.
+            where: which rows may be returned.
+
+        Raises:
+            ValueError: for queries of another width, or k below 1.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(f"queries of shape {queries.shape}: the index has vectors of width {self.dim}")
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        with self._lock:
+            allowed = self._allowed(where)
+            count = int(allowed.sum())
+            hits: list[list[Hit]] = []
+            for start in range(0, len(queries), _QUERIES_AT_A_TIME):
+                block = queries[start : start + _QUERIES_AT_A_TIME]
+                hits += self._hits(*self._nearest(block, min(k, count), allowed, count))
+        return hits
+
+    def compact(self) -> bool:
+        """Fill the index anew without the vectors of rows that are gone.
+
+        Returns:
+            Whether it could be done: vectors of some compressed types cannot be read back, and stay.
+        """
+        with self._lock:
+            live = np.flatnonzero(self._live)
+            if len(live) == self.index.ntotal:
+                return True
+            logger.info("filling the index anew, without %s rows that are gone", f"{self.index.ntotal - len(live):,}")
+            ivf = load_faiss().try_extract_index_ivf(self.index)
+            try:
+                if ivf is not None:
+                    ivf.make_direct_map(True)
+                vectors = self.index.reconstruct_batch(live)
+            except RuntimeError:
+                return False
+            finally:
+                if ivf is not None:
+                    ivf.make_direct_map(False)
+            self.table.renumber(live)
+            self.index.reset()
+            self.index.add(vectors)
+            self._live = np.ones(len(live), dtype=np.bool_)
+            self._filters.clear()
+            return True
+
+    def info(self) -> dict[str, Any]:
+        """Engine, index type, rows, dim, bytes of the vectors, what was measured, and whether scores are exact."""
+        return {
+            "engine": "faiss",
+            "factory": self.factory,
+            "rows": len(self),
+            "dim": self.dim,
+            "removed": int(self.index.ntotal) - len(self),
+            "bytes": index_bytes(self.index),
+            "scores": "exact" if exact_scores(self.factory) else "approximate: the vectors are compressed",
+            "recall": None if self.tuning is None else self.tuning.recall,
+            "threads": int(load_faiss().omp_get_max_threads()),
+        }
+
+    def _append(self, rows: Rows, replaced: bool) -> None:
+        if rows.embeddings.shape[1] != self.dim:
+            raise ValueError(
+                f"embeddings of width {rows.embeddings.shape[1]}: the index has vectors of width {self.dim}"
+            )
+        if not len(rows):
+            return
+        before, after = int(self.index.ntotal), int(self.index.ntotal) + len(rows)
+        stored = False
+        try:
+            with self.table.transaction():
+                if replaced:
+                    self.table.delete(rows.ids)
+                self.table.insert(range(before, after), rows.ids, rows.texts, rows.metadata)
+                train(self.index, rows.embeddings, self.factory)
+                self.index.add(rows.embeddings)
+            stored = True
+        finally:
+            # Vectors of a transaction that failed stay behind as those of rows that are gone.
+            self._live = np.append(self._live, np.full(int(self.index.ntotal) - before, stored))
+            self._filters.clear()
+        if is_exact(self.factory) and before < EXACT_ROWS <= after:
+            logger.info(
+                "the index compares queries with all of %s rows: with so many, one that is built anew is faster",
+                f"{after:,}",
+            )
+
+    def _bury(self, positions: Positions) -> None:
+        self._live[positions] = False
+        self._filters.clear()
+        gone = int(self.index.ntotal) - len(self)
+        if gone > max(len(self), _COMPACT_ABOVE):
+            self.compact()
+
+    def _allowed(self, where: Filter | None) -> Selection:
+        """(vectors,) which may be returned."""
+        if not where:
+            return self._live
+        key = json.dumps(dict(where), sort_keys=True, default=repr)
+        if key not in self._filters:
+            selection = np.zeros(len(self._live), dtype=np.bool_)
+            selection[self.table.matching(where)] = True
+            if len(self._filters) >= _REMEMBERED_FILTERS:
+                self._filters.pop(next(iter(self._filters)))
+            self._filters[key] = selection
+        return self._filters[key]
+
+    def _nearest(self, queries: Matrix, k: int, allowed: Selection, count: int) -> tuple[Matrix, Positions]:
+        """(n, k) scores and positions, for k of at most ``count`` rows that are allowed."""
+        if not k or not len(queries):
+            return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
+        selector = None
+        if count < len(allowed):
+            selector = load_faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        # Of the rows that the search comes by only this share counts; it was tuned for the ten nearest.
+        effort = get_effort(self.index) * len(allowed) / count
+        if effort_name(self.index) == "efSearch":
+            effort *= max(1, k / RECALL_AT)
+        effort = math.ceil(effort)
+        scores, found = search_index(self.index, queries, k, selector, effort if effort <= _MOST_EFFORT else None)
+        short = np.flatnonzero((found < 0).any(axis=1))
+        if short.size:
+            scores[short], found[short] = search_index(self.index, queries[short], k, selector, None)
+        return scores, found
+
+    def _hits(self, scores: Matrix, found: Positions) -> list[list[Hit]]:
+        rows = self.table.rows(np.unique(found[found >= 0]))
+        scores = np.clip(scores, -1, 1)
+        results = []
+        for of_query, positions in zip(scores.tolist(), found.tolist(), strict=True):
+            hits = []
+            for score, position in zip(of_query, positions, strict=True):
+                if position >= 0:
+                    key, text, metadata = rows[position]
+                    hits.append(Hit(key, text, score, dict(metadata)))
+            results.append(hits)
+        return results
+
+
+def chosen_factory(rows: int, dim: int, factory: str | None, memory_limit: int | None) -> str:
+    """The user's index type, or the best for so many rows; which and why is logged."""
+    if factory is not None:
+        new_index(dim, factory)  # what FAISS does not know is refused before any work is done
+        return factory
+    choice = choose_factory(rows, dim, memory_limit)
+    logger.info("index type %s (%s)", choice.factory, choice.reason)
+    return choice.factory
+
+
+def search_index(
+    index: Any, queries: Matrix, k: int, selector: Any = None, effort: int | None = None
+) -> tuple[Matrix, Positions]:
+    """The k nearest vectors that a selector lets through; -1 where there are fewer.
+
+    Args:
+        index: of FAISS.
+        queries: (n, dim).
+        k: how many.
+        selector: an ``IDSelector``; None for all.
+        effort: ``nprobe`` or ``efSearch``; None compares with every vector.
+
+    Returns:
+        (n, k) scores, descending, and (n, k) positions.
+    """
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            queries = faiss.downcast_VectorTransform(index.chain.at(number)).apply(queries)
+        return search_index(index.index, queries, k, selector, effort)
+    if isinstance(index, faiss.IndexRefine):
+        base = faiss.downcast_index(index.base_index)
+        if effort is None and not isinstance(base, faiss.IndexIVF):
+            return search_index(index.refine_index, queries, k, selector)
+        parameters = faiss.IndexRefineSearchParameters(
+            k_factor=index.k_factor, base_index_params=_parameters(base, selector, effort)
+        )
+    elif effort is None and hasattr(index, "storage"):
+        return search_index(index.storage, queries, k, selector)
+    else:
+        parameters = _parameters(index, selector, effort)
+    scores, found = index.search(queries, k, params=parameters)
+    return scores, found
+
+
+def exact_scores(factory: str) -> bool:
+    """Whether an index type keeps the vectors as they are."""
+    last = factory.replace("_", ",").split(",")[-1]
+    return last in ("RFlat", "Refine(Flat)") or ("PCA" not in factory and (last == "Flat" or last.startswith("HNSW")))
+
+
+def index_bytes(index: Any) -> int:
+    """Bytes that the vectors, their links and lists take, give or take a little."""
+    inner, rows = searching(index), int(index.ntotal)
+    size = rows * int(getattr(inner, "storage", inner).sa_code_size())
+    if hasattr(inner, "hnsw"):
+        size += 4 * int(inner.hnsw.neighbors.size()) + 8 * rows
+    if hasattr(inner, "nprobe"):
+        size += 8 * rows + 4 * int(inner.d) * int(inner.nlist)
+    if hasattr(index, "refine_index"):
+        size += rows * int(index.refine_index.sa_code_size())
+    return size
+
+
+def _parameters(index: Any, selector: Any, effort: int | None) -> Any:
+    faiss = load_faiss()
+    chosen = {} if selector is None else {"sel": selector}
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=min(effort or index.nlist, index.nlist), **chosen)
+    if hasattr(index, "hnsw"):
+        return faiss.SearchParametersHNSW(efSearch=effort, **chosen)
+    return faiss.SearchParameters(**chosen) if chosen else None

@@ -1,0 +1,543 @@
+"""Files of records to be indexed, and of results: text, CSV, TSV, JSON lines, parquet, a row at a time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from decimal import Decimal
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from st_kdmcse.data.files import byte_progress, sha256_file
+from st_kdmcse.data.readers.table import is_parquet
+from st_kdmcse.data.seen import Seen
+from st_kdmcse.data.sentences import named_errors, read_lines
+from st_kdmcse.search.base import MAX_ID_LENGTH
+
+OnEmpty = Literal["skip", "raise"]
+OnBytes = Callable[[int], object]
+_Kind = Literal["text", "plain", "other"]
+
+OUTPUT_SUFFIXES = (".csv", ".jsonl", ".parquet")
+"""Formats of :func:`write_rows`."""
+
+_TEXT_COLUMNS = ("text", "sentence", "caption")
+_JSON_ROWS_FOR_COLUMNS = 100
+_FIELD_CHARACTERS = 1 << 24
+_PARQUET_ROWS = 1 << 12
+_BUFFER_BYTES = 1 << 20
+
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?")
+_TRUTH = re.compile(r"true|false", re.IGNORECASE)
+_Reader = tuple[re.Pattern[str], Callable[[str], Any]]
+_READERS: tuple[_Reader, ...] = (
+    (_INTEGER, int),
+    (_NUMBER, float),
+    (_TRUTH, lambda value: value.lower() == "true"),
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text to be indexed.
+
+    Attributes:
+        id: names the record; 1 to 512 characters.
+        text: not blank.
+        metadata: names and plain values.
+    """
+
+    id: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class RecordFile:
+    """The records of a file, read anew by each iteration, in memory that does not grow with the file.
+
+    ===================== ================================================== ==========================
+    name                  content                                            id without an id column
+    ===================== ================================================== ==========================
+    ``.jsonl, .ndjson``   a JSON object a line                               number of the line, from 1
+    ``.csv``              commas and a header; quotes where they are needed  number of the row, from 0
+    ``.tsv``              tabs and a header; quotes are part of the text     number of the row, from 0
+    ``.parquet``          a table                                            number of the row, from 0
+    anything else         a text a line                                      number of the line, from 1
+    ===================== ================================================== ==========================
+
+    All but parquet are UTF-8, and may be compressed (``.csv.gz``). A text is kept as it is apart from surrounding
+    whitespace, however long it is. Metadata of CSV and TSV are numbers or truth values where all values of the column
+    are, which takes a pass over the file; dates of a parquet file are texts in ISO 8601. Missing values are None.
+
+    Args:
+        path: the file.
+        text_column: which column holds the texts; None takes ``text``, ``sentence`` or ``caption`` (in any case), or
+            the only column of texts.
+        id_column: which column holds the ids, texts or whole numbers; None numbers the records, see above.
+        metadata: names of columns to keep; None keeps all others that hold plain values, an empty list none.
+        on_empty: "skip" leaves out rows without text and counts them in :attr:`skipped`, "raise" refuses them.
+
+    Attributes:
+        path: the file.
+        text_column: the column of the texts; "text" for a file of a text a line.
+        skipped: how many rows the last whole pass left out, because they had no text.
+        first_skipped: file and line, or row, of the first of them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is empty, or has no such column, or no obvious one of texts. While it is read, naming the
+            line or row: for what is not UTF-8, not JSON, has another number of columns than the header, has no text
+            (with "raise"), no id, or the id of an earlier row.
+
+    Example:
+        ::
+
+            file = RecordFile("articles.csv", text_column="title", id_column="number", metadata=["year"])
+            for record in file:
+                print(record.id, record.text, record.metadata["year"])
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        text_column: str | None = None,
+        id_column: str | None = None,
+        metadata: Sequence[str] | None = None,
+        on_empty: OnEmpty = "skip",
+    ) -> None:
+        self.path = Path(path)
+        self.skipped = 0
+        self.first_skipped = ""
+        self._on_empty = on_empty
+        self._id_column = id_column
+        self._wanted = None if metadata is None else tuple(metadata)
+        self._format = _file_format(self.path)
+        self._unit = "row" if self._format == "parquet" else "line"
+        self._metadata: tuple[str, ...] = ()
+        if self._format == "text":
+            self.text_column = self._without_columns(text_column)
+        else:
+            columns = _columns(self.path, self._format)
+            self.text_column = self._choose_text(columns, text_column)
+            self._metadata = self._choose_metadata(columns)
+
+    @cached_property
+    def num_rows(self) -> int | None:
+        """Rows, with or without text; None if only a pass over the file can tell."""
+        if self._format != "parquet":
+            return None
+        with named_errors(self.path):
+            return int(pq.read_metadata(self.path).num_rows)
+
+    def __call__(self) -> Iterator[Record]:
+        """The records from the beginning; what :func:`~st_kdmcse.search.build.build_index` wants."""
+        return iter(self)
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._records(lambda _: None)
+
+    def check(self, show_progress_bar: bool | None = None) -> int:
+        """Read the whole file, so that what is wrong in it shows now and not after hours of encoding.
+
+        Args:
+            show_progress_bar: None shows one in a terminal if it takes more than two seconds.
+
+        Returns:
+            The number of records.
+
+        Raises:
+            ValueError: as the class says.
+        """
+        with byte_progress(self.path.stat().st_size, f"Checking {self.path.name}", show_progress_bar) as progress:
+            return sum(1 for _ in self._records(progress.update))
+
+    def identity(self, show_progress_bar: bool | None = None) -> dict[str, str]:
+        """What the records depend on: name, size and SHA-256 of the file, and the options.
+
+        Args:
+            show_progress_bar: None shows one in a terminal if it takes more than two seconds.
+        """
+        size = self.path.stat().st_size
+        with byte_progress(size, f"Checksum of {self.path.name}", show_progress_bar) as progress:
+            checksum = sha256_file(self.path, progress.update)
+        options = [self._format, self.text_column, self._id_column, self._wanted]
+        return {"file": self.path.name, "bytes": str(size), "sha256": checksum, "options": json.dumps(options)}
+
+    def _records(self, on_bytes: OnBytes) -> Iterator[Record]:
+        rows = skipped = 0
+        first_skipped = ""
+        with Seen() as seen:
+            for row in self._rows(on_bytes):
+                rows += 1
+                text = self._text(row)
+                if not text:
+                    skipped += 1
+                    first_skipped = first_skipped or self._where(row)
+                    continue
+                key = str(row.number) if self._id_column is None else self._id(row)
+                if self._id_column is not None and not seen.add(key):
+                    raise self._duplicate(key, row)
+                yield Record(key, text, self._plain_metadata(row))
+        if rows == skipped:
+            raise ValueError(f"{self.path} has no text: it is empty, or all its {self._unit}s are")
+        self.skipped, self.first_skipped = skipped, first_skipped
+
+    def _where(self, row: _Row) -> str:
+        return f"{self.path}, {self._unit} {row.place}"
+
+    def _text(self, row: _Row) -> str:
+        value = row.values.get(self.text_column)
+        if not isinstance(value, str | None):
+            raise ValueError(
+                f"{self._where(row)}: {self.text_column!r} is {_shown(value)}, no text: correct it, or choose another "
+                "text column"
+            )
+        text = (value or "").strip()
+        if not text and self._on_empty == "raise":
+            raise ValueError(f"{self._where(row)}: there is no text: fill it in, or skip such rows")
+        return text
+
+    def _id(self, row: _Row) -> str:
+        value = row.values.get(str(self._id_column))
+        if isinstance(value, float) and value.is_integer():  # whole numbers of a column with gaps, in pandas
+            value = int(value)
+        if not isinstance(value, str | int) or isinstance(value, bool) or not 0 < len(str(value)) <= MAX_ID_LENGTH:
+            raise ValueError(
+                f"{self._where(row)}: the id {_shown(value)} in {self._id_column!r} is neither a text of 1 to "
+                f"{MAX_ID_LENGTH} characters nor a whole number: correct it, or choose another id column"
+            )
+        return str(value)
+
+    def _duplicate(self, key: str, row: _Row) -> ValueError:
+        first = next((each for each in self._rows() if self._text(each) and self._id(each) == key), row)
+        return ValueError(
+            f"{self._where(row)}: the id {key!r} is that of {self._unit} {first.place} too: give each row its own, or "
+            "choose another id column"
+        )
+
+    def _plain_metadata(self, row: _Row) -> dict[str, Any]:
+        if self._format in ("csv", "tsv"):
+            return {name: read(row.values[name]) if row.values[name] else None for name, read in self._readers.items()}
+        found = {name: row.values[name] for name in self._metadata if name in row.values}
+        if self._format == "json" and self._wanted is None:  # each line may have names of its own
+            used = (self.text_column, self._id_column, "")
+            found = {name: value for name, value in row.values.items() if name not in used and _plain(value)}
+        for name, value in found.items():
+            if not _plain(value) or (isinstance(value, float) and math.isinf(value)):
+                raise ValueError(
+                    f"{self._where(row)}: {name!r} is {_shown(value)}, no text, number or truth value: leave it out of "
+                    "the metadata"
+                )
+            if isinstance(value, float) and math.isnan(value):  # a missing value, in pandas
+                found[name] = None
+        return found
+
+    @cached_property
+    def _readers(self) -> dict[str, Callable[[str], Any]]:
+        """How to read each column of metadata of a text table: as the first kind that fits all its values."""
+        kinds: dict[str, tuple[_Reader, ...]] = dict.fromkeys(self._metadata, _READERS)
+        if kinds:
+            with byte_progress(self.path.stat().st_size, f"Columns of {self.path.name}") as progress:
+                for row in self._rows(progress.update):
+                    for name, left in kinds.items():
+                        if left and (value := row.values[name]):
+                            kinds[name] = tuple(kind for kind in left if kind[0].fullmatch(value))
+        return {name: left[0][1] if left else str for name, left in kinds.items()}
+
+    def _rows(self, on_bytes: OnBytes = lambda _: None) -> Iterator[_Row]:
+        names = {self.text_column, *self._metadata, *([self._id_column] if self._id_column is not None else [])}
+        return _rows(self.path, self._format, sorted(names), on_bytes)
+
+    def _without_columns(self, text_column: str | None) -> str:
+        given = {"text column": text_column, "id column": self._id_column, "metadata": self._wanted or None}
+        unused = [what for what, value in given.items() if value is not None]
+        if unused:
+            raise ValueError(
+                f"{self.path} is read as a text a line and has no columns: leave out {' and '.join(unused)}, or name "
+                "the file .csv, .tsv, .jsonl or .parquet if it is that"
+            )
+        return "text"
+
+    def _choose_text(self, columns: Mapping[str, _Kind], wanted: str | None) -> str:
+        texts = [name for name, kind in columns.items() if kind == "text"]
+        if wanted is None:
+            common = [name for known in _TEXT_COLUMNS for name in texts if name.lower() == known]
+            others = [name for name in texts if name != self._id_column]
+            if not common and len(others) != 1:
+                raise ValueError(
+                    f"{self.path}: which column holds the texts is not clear; choose a text column of "
+                    f"{_listed(texts or columns)}"
+                )
+            wanted = (common or others)[0]
+        if wanted not in columns:
+            raise ValueError(f"{self.path}: no column {wanted!r}; choose a text column of {_listed(texts or columns)}")
+        if columns[wanted] != "text":
+            raise ValueError(f"{self.path}: {wanted!r} holds no texts; choose a text column of {_listed(texts)}")
+        if self._id_column is not None and self._id_column not in columns:
+            raise ValueError(f"{self.path}: no column {self._id_column!r}; choose an id column of {_listed(columns)}")
+        return wanted
+
+    def _choose_metadata(self, columns: Mapping[str, _Kind]) -> tuple[str, ...]:
+        if self._wanted is None:
+            used = (self.text_column, self._id_column, "")
+            return tuple(name for name, kind in columns.items() if kind != "other" and name not in used)
+        for name in self._wanted:
+            if name not in columns:
+                raise ValueError(f"{self.path}: no column {name!r} for the metadata; choose of {_listed(columns)}")
+            if columns[name] == "other":
+                raise ValueError(
+                    f"{self.path}: {name!r} holds no texts, numbers or truth values: leave it out of the metadata"
+                )
+        return self._wanted
+
+
+def output_file(path: str | Path, source: str | Path | None = None) -> Path:
+    """The path of a file for :func:`write_rows`, checked before the work that leads to it.
+
+    Args:
+        path: the file.
+        source: the file that the results are made from.
+
+    Raises:
+        ValueError: if the suffix is none of :data:`OUTPUT_SUFFIXES`, or it is a folder, or the source itself.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"{path} is to be written as which format? Give it one of {', '.join(OUTPUT_SUFFIXES)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file")
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+        raise ValueError(f"{path} is what is read: give another file for the results")
+    return path
+
+
+def write_rows(path: str | Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write a table of results a row at a time; whole or not at all.
+
+    Args:
+        path: ``.csv``, ``.jsonl`` or ``.parquet``; its folder is made if need be.
+        schema: names and types of the columns.
+        rows: a value for each column.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: for another suffix.
+    """
+    path = output_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()]
+    try:
+        count = write(temporary, schema, rows)
+        temporary.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    return count
+
+
+def _write_csv(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, schema.names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            count += 1
+    return count
+
+
+def _write_jsonl(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({name: row[name] for name in schema.names}, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
+    count = 0
+    rows = iter(rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while chunk := list(islice(rows, _PARQUET_ROWS)):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
+            count += len(chunk)
+    return count
+
+
+class _Row(NamedTuple):
+    place: int  # for messages: the line, or the row of a parquet file
+    number: int  # the id, where no column holds one
+    values: Mapping[str, Any]
+
+
+def _file_format(path: Path) -> str:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: give a file of texts (.txt, .csv, .tsv, .jsonl, .parquet)")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty: give a file with a text a line, or a table")
+    if is_parquet(path):
+        return "parquet"
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix == ".json":
+        raise ValueError(f"{path}: write it as JSON lines, one object a line, and name it .jsonl")
+    return {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json"}.get(suffix, "text")
+
+
+def _columns(path: Path, file_format: str) -> dict[str, _Kind]:
+    """The columns of a table and what they hold; of JSON lines, those of the first 100."""
+    if file_format == "parquet":
+        with named_errors(path):
+            return {each.name: _parquet_kind(each.type) for each in pq.read_schema(path)}
+    if file_format == "json":
+        columns: dict[str, _Kind] = {}
+        for row in islice(_json_rows(path, lambda _: None), _JSON_ROWS_FOR_COLUMNS):
+            for name, value in row.values.items():
+                if columns.get(name, "plain") == "plain":
+                    columns[name] = "text" if isinstance(value, str) else "plain" if _plain(value) else "other"
+        return columns
+    line, header = next(_fields(path, file_format, lambda _: None), (1, []))
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}, line {line}: the header has {twice!r} twice: give each column its own name")
+    return dict.fromkeys(header, "text")
+
+
+def _rows(path: Path, file_format: str, names: list[str], on_bytes: OnBytes) -> Iterator[_Row]:
+    """The rows; those of a parquet file with the named columns, others with all."""
+    if file_format == "parquet":
+        return _parquet_rows(path, names, on_bytes)
+    if file_format == "json":
+        return _json_rows(path, on_bytes)
+    if file_format == "text":
+        return (_Row(line, line, {"text": text}) for line, text in enumerate(read_lines(path, on_bytes), start=1))
+    return _table_rows(path, file_format, on_bytes)
+
+
+def _json_rows(path: Path, on_bytes: OnBytes) -> Iterator[_Row]:
+    for number, line in enumerate(read_lines(path, on_bytes), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            if "\\u" in line:
+                json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeError as error:
+            raise ValueError(f"{path}, line {number}: half of a surrogate pair ({error}): correct it") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: no valid JSON ({error}): write one object a line") from error
+        if not isinstance(values, dict):
+            raise ValueError(f'{path}, line {number}: {_shown(values)} is no JSON object: write {{"text": ...}}')
+        yield _Row(number, number, values)
+
+
+def _table_rows(path: Path, file_format: str, on_bytes: OnBytes) -> Iterator[_Row]:
+    fields = _fields(path, file_format, on_bytes)
+    _, header = next(fields)
+    for number, (line, values) in enumerate(fields):
+        if len(values) != len(header):
+            separator, remedy = ("tabs", "") if file_format == "tsv" else ("commas", "put texts in quotes, ")
+            raise ValueError(
+                f"{path}, line {line}: {len(values)} columns separated by {separator}, expected {len(header)} as in "
+                f"the header: {remedy}correct the row, or leave it out"
+            )
+        yield _Row(line, number, dict(zip(header, values, strict=True)))
+
+
+def _fields(path: Path, file_format: str, on_bytes: OnBytes) -> Iterator[tuple[int, list[str]]]:
+    """First line and fields of each row that is not blank; the first one is the header."""
+    lines = read_lines(path, on_bytes)
+    if file_format == "tsv":
+        for number, text in enumerate(lines, start=1):
+            if text.strip():
+                yield number, text.rstrip("\r\n").split("\t")
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # 131,072 otherwise
+    reader = csv.reader(lines, strict=True)
+    line = 1
+    try:
+        for values in reader:
+            if values:
+                yield line, values
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f'{path}, line {line}: {error}: a quote (") is opened there and not closed, or goes on after its end; '
+            "double the quotes inside of a text"
+        ) from error
+
+
+def _parquet_rows(path: Path, names: list[str], on_bytes: OnBytes) -> Iterator[_Row]:
+    # With a buffer, and not ahead of time: else a whole row group is in memory.
+    with named_errors(path), pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        size, rows, number, reported = path.stat().st_size, file.metadata.num_rows, 0, 0
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=names):
+            columns = [_values(path, batch.column(name), name, number) for name in names]
+            for values in zip(*columns, strict=True):
+                yield _Row(number, number, dict(zip(names, values, strict=True)))
+                number += 1
+            on_bytes(size * number // rows - reported)
+            reported = size * number // rows
+
+
+def _values(path: Path, column: pa.Array, name: str, start: int) -> Iterable[Any]:
+    """The values of a column; dates and decimals as plain values."""
+    values: list[Any] = []
+    for row, value in enumerate(column, start=start):
+        try:
+            values.append(value.as_py())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, row {row}, column {name!r}: not UTF-8 ({error.reason}): write it again"
+            ) from error
+    return (
+        map(_from_parquet, values) if pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type) else values
+    )
+
+
+def _parquet_kind(kind: pa.DataType) -> _Kind:
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return "text"
+    plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
+    date_or_time = (types.is_date, types.is_timestamp, types.is_time)
+    return "plain" if any(test(kind) for test in (*plain, *date_or_time)) else "other"
+
+
+def _from_parquet(value: Any) -> Any:
+    if isinstance(value, date | datetime | time):
+        return value.isoformat()
+    return float(value) if isinstance(value, Decimal) else value
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | None)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"

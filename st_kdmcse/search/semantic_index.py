@@ -1,0 +1,510 @@
+"""Search by meaning: a model, and an engine that keeps texts by their embeddings."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+from sentence_transformers import SentenceTransformer
+
+from st_kdmcse.evaluation.encoding import load_model
+from st_kdmcse.provenance import model_identity
+from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
+from st_kdmcse.search.base import Filter, Hit, Metadata, Rows, SearchBackend
+from st_kdmcse.search.encoding import encode_documents, encode_queries
+from st_kdmcse.search.factory import check_recall_target
+from st_kdmcse.search.faiss_backend import FaissBackend
+from st_kdmcse.search.storage import check_free, is_index, read_index, write_index
+
+if TYPE_CHECKING:
+    from st_kdmcse.search.milvus_backend import MilvusBackend
+
+PROBE = "A dog runs across a field of grass."
+"""A sentence whose embedding is kept with an index, to know its model again."""
+
+_PROBE_COSINE = 0.999  # of one model on two machines, or in batches of different padding
+_Given = TypeVar("_Given")
+_Result = TypeVar("_Result")
+
+
+class UnknownIdError(KeyError, ValueError):
+    """There is no row with that id; the message names it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class SemanticIndex:
+    """Texts, found by the cosine of their embedding with that of a query.
+
+    Make one with :meth:`build` (or, from a file larger than memory,
+    :func:`~st_kdmcse.search.build.build_index`), :meth:`load` one that was saved, or :meth:`open` one wherever it is.
+
+    A saved index is a folder:
+
+    ====================== ==========================================================================================
+    File                   Content
+    ====================== ==========================================================================================
+    ``manifest.json``      format and version; the model (name, checksum of its parameters) and its embedding of a
+                           probe sentence; dim and rows; index type, how it was tuned and the recall measured; bytes
+                           and SHA-256 of each file; versions, date, and a checksum of all that
+    ``data-*/``            ``vectors.faiss``, and ``rows.sqlite`` with ids, texts and metadata
+    ``lock``               held by a process that writes
+    ====================== ==========================================================================================
+
+    Args:
+        backend: the engine.
+        model: that made its embeddings, and encodes queries; its prompts for queries and documents apply.
+        model_name: hub name or folder that it was loaded from; None takes what the model knows of that.
+
+    Raises:
+        ValueError: if the model's embeddings are of another width.
+
+    Example:
+        ::
+
+            index = SemanticIndex.build(model, ["A dog runs.", "Two men talk."], ids=["dog", "men"])
+            index.search("a running animal", k=1)[0].text
+            index.add(["A cat sleeps."], ids=["cat"])
+            index.save("my-index")
+    """
+
+    def __init__(self, backend: SearchBackend, model: SentenceTransformer, model_name: str | None = None) -> None:
+        self.backend = backend
+        self.model = model
+        self._header = model_header(model, model_name)
+        self._path: Path | None = None
+        self._saved: str | None = None
+        if model.get_embedding_dimension() != backend.dim:
+            raise ValueError(
+                f"the model's embeddings are of width {model.get_embedding_dimension()}, those of the index "
+                f"{backend.dim}: it was made with another model"
+            )
+
+    @classmethod
+    def build(
+        cls,
+        model: SentenceTransformer | str,
+        texts: Iterable[str],
+        *,
+        ids: Iterable[str] | None = None,
+        metadata: Iterable[Metadata] | None = None,
+        factory: str | None = None,
+        recall_target: float = 0.95,
+        memory_limit: int | None = None,
+        path: str | Path | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> SemanticIndex:
+        """Encode texts and index them with FAISS, in memory.
+
+        Args:
+            model: a model, or its hub name or folder.
+            texts: n texts; none gives an index to add to.
+            ids: n ids, each once; None gives "0", "1", ...
+            metadata: n mappings of plain values.
+            factory: FAISS's name of an index type; None chooses by rows, dim and memory and logs which: exact search
+                below 100,000 rows, above HNSW or IVF, compressed where vectors do not fit.
+            recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
+            memory_limit: bytes for the vectors.
+            path: folder to save to; None saves nothing.
+            show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
+
+        Raises:
+            ValueError: for empty texts, ids that are there twice, lengths that differ, an index at ``path`` already, or
+                embeddings that are not finite; names the row.
+            ImportError: without FAISS; names the extra.
+        """
+        check_recall_target(recall_target)
+        model, name = load_named(model)
+        texts = checked_texts(texts)
+        if path is not None:
+            check_free(Path(path))
+        index = cls._from_rows(
+            model,
+            name,
+            _texts_rows(model, texts, _new_ids(ids, texts), metadata, show_progress_bar),
+            factory,
+            recall_target,
+            memory_limit,
+            show_progress_bar,
+        )
+        if path is not None:
+            index.save(path)
+        return index
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        model: SentenceTransformer | str,
+        embeddings: npt.ArrayLike,
+        texts: Iterable[str],
+        *,
+        ids: Iterable[str] | None = None,
+        metadata: Iterable[Metadata] | None = None,
+        factory: str | None = None,
+        recall_target: float = 0.95,
+        memory_limit: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> SemanticIndex:
+        """Like :meth:`build`, from embeddings that the model has made already.
+
+        Args:
+            model: that made them.
+            embeddings: (n, dimension), normalised here.
+            texts: n texts.
+            ids: n ids.
+            metadata: n mappings.
+            factory: FAISS's name of an index type.
+            recall_target: recall@10 to reach.
+            memory_limit: bytes for the vectors.
+            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+
+        Raises:
+            ValueError: as :meth:`build`; also for embeddings that are zero, not finite or of another width.
+        """
+        check_recall_target(recall_target)
+        model, name = load_named(model)
+        texts = checked_texts(texts)
+        rows = Rows.checked(_new_ids(ids, texts), texts, embeddings, None if metadata is None else list(metadata))
+        return cls._from_rows(model, name, rows, factory, recall_target, memory_limit, show_progress_bar)
+
+    @classmethod
+    def load(cls, path: str | Path, model: SentenceTransformer | str | None = None) -> SemanticIndex:
+        """Open a saved index.
+
+        Args:
+            path: its folder.
+            model: the model that made it, or its hub name or folder; None loads the one that the manifest names.
+
+        Raises:
+            FileNotFoundError: if there is no index, a file of it is missing, or the model is.
+            ValueError: if a file is truncated or altered (names it), or the model is another (says which is expected).
+        """
+        path = Path(path)
+        backend, manifest = read_index(path)
+        return cls._known(backend, manifest, model, str(path), path)
+
+    @classmethod
+    def open(
+        cls, address: str | Path, model: SentenceTransformer | str | None = None, create: bool = False
+    ) -> SemanticIndex:
+        """Open an index wherever it is.
+
+        Args:
+            address: the folder of a saved index, or a collection of Milvus, see
+                :func:`~st_kdmcse.search.address.parse_address`.
+            model: as in :meth:`load`; needed where the index is made.
+            create: make an empty index where there is none.
+
+        Raises:
+            FileNotFoundError: if there is no index and ``create`` is False.
+            ValueError: for an address that cannot be read, or as :meth:`load`.
+            ImportError: without the library of the engine; names the extra.
+            OSError: if a server cannot be reached.
+        """
+        place = parse_address(address)
+        if isinstance(place, MilvusAddress):
+            return cls._open_milvus(str(address), model, create)
+        if create and not is_index(place):
+            if model is None:
+                raise ValueError(f"there is no index at {place} yet: name the model that it is to be made with")
+            index = cls.build(model, [])
+            index.save(place)
+            return index
+        return cls.load(place, model)
+
+    @overload
+    def search(self, queries: str, k: int = 10, where: Filter | None = None) -> list[Hit]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def search(self, queries: Sequence[str], k: int = 10, where: Filter | None = None) -> list[list[Hit]]: ...
+
+    def search(
+        self, queries: str | Sequence[str], k: int = 10, where: Filter | None = None
+    ) -> list[Hit] | list[list[Hit]]:
+        """The nearest texts, best first.
+
+        Args:
+            queries: one query, or several; cut off where the model's input ends, however long.
+            k: how many texts of each; all where there are fewer.
+            where: which rows may be found, by metadata, see :data:`~st_kdmcse.search.base.Filter`.
+
+        Returns:
+            For one query a list, for several a list of lists.
+
+        Raises:
+            ValueError: for an empty query, k below 1, or a filter that is not one.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k is {k!r}, expected an integer of at least 1")
+        single = isinstance(queries, str)
+        wanted = [queries] if isinstance(queries, str) else list(queries)
+        if not wanted:
+            return []
+        found = self.backend.search(encode_queries(self.model, wanted), k, where)
+        return found[0] if single else found
+
+    def add(
+        self,
+        texts: Iterable[str],
+        ids: Iterable[str] | None = None,
+        metadata: Iterable[Metadata] | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> list[str]:
+        """Add texts; all or none.
+
+        Args:
+            texts: n texts.
+            ids: n new ids; None makes some.
+            metadata: n mappings.
+            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+
+        Returns:
+            The n ids.
+
+        Raises:
+            ValueError: as :meth:`build`; also if an id is there already.
+        """
+        texts = checked_texts(texts)
+        new = [uuid.uuid4().hex for _ in texts] if ids is None else _ids(ids)
+        if texts or new:
+            self.backend.add(_texts_rows(self.model, texts, new, metadata, show_progress_bar))
+        return new
+
+    def update(
+        self,
+        ids: Iterable[str],
+        texts: Iterable[str],
+        metadata: Iterable[Metadata] | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> None:
+        """Put texts, and metadata, in the place of others; all or none.
+
+        Args:
+            ids: n ids.
+            texts: n texts.
+            metadata: n mappings; None leaves none.
+            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+
+        Raises:
+            UnknownIdError: (a ValueError and a KeyError) if an id is not there.
+            ValueError: as :meth:`build`.
+        """
+        texts, known = checked_texts(texts), _ids(ids)
+        if texts or known:
+            _by_id(self.backend.get, known)
+            rows = _texts_rows(self.model, texts, known, metadata, show_progress_bar)
+            _by_id(self.backend.replace, rows)
+
+    def remove(self, ids: Iterable[str]) -> None:
+        """Remove texts; all or none.
+
+        Args:
+            ids: of the texts.
+
+        Raises:
+            UnknownIdError: (a ValueError and a KeyError) if an id is not there.
+        """
+        _by_id(self.backend.remove, list(dict.fromkeys(_ids(ids))))
+
+    def get(self, ids: Iterable[str]) -> list[Hit]:
+        """Texts by id, with score 1.
+
+        Args:
+            ids: n ids.
+
+        Raises:
+            UnknownIdError: (a ValueError and a KeyError) if an id is not there.
+        """
+        return _by_id(self.backend.get, _ids(ids))
+
+    def save(self, path: str | Path | None = None) -> Path | None:
+        """Save the index, or its changes; killed at any moment, the old or the new one is there, whole.
+
+        Args:
+            path: folder; None is where it was loaded from, or saved to before. Another index is not overwritten.
+
+        Returns:
+            The folder; None for an engine that keeps everything by itself, where there is nothing to do.
+
+        Raises:
+            ValueError: if there is no path, another index at ``path``, or another process has changed this one since.
+        """
+        if not isinstance(self.backend, FaissBackend):
+            if path is not None:
+                raise ValueError(f"a {type(self.backend).__name__} keeps what is added, and cannot be saved to {path}")
+            return None
+        target = self._path if path is None else Path(path)
+        if target is None:
+            raise ValueError("the index was never saved: give the folder to save it to")
+        same = self._path is not None and target.resolve() == self._path.resolve()
+        self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
+        self._path = target
+        return target
+
+    def info(self) -> dict[str, Any]:
+        """What it is, for people and JSON: the engine's description, the model, and the folder."""
+        return {
+            **self.backend.info(),
+            "model": self._header["model"],
+            "path": None if self._path is None else str(self._path),
+        }
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.backend)
+
+    @classmethod
+    def _from_rows(
+        cls,
+        model: SentenceTransformer,
+        name: str | None,
+        rows: Rows,
+        factory: str | None,
+        recall_target: float,
+        memory_limit: int | None,
+        show_progress_bar: bool | None,
+    ) -> SemanticIndex:
+        if len(rows) and rows.embeddings.shape[1] != model.get_embedding_dimension():
+            raise ValueError(
+                f"embeddings of width {rows.embeddings.shape[1]}, but the model's are of width "
+                f"{model.get_embedding_dimension()}: give the model that made them"
+            )
+        return cls(FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar), model, name)
+
+    @classmethod
+    def _known(
+        cls,
+        backend: SearchBackend,
+        header: Mapping[str, Any],
+        model: SentenceTransformer | str | None,
+        place: str,
+        path: Path | None = None,
+    ) -> SemanticIndex:
+        """An index whose header says what model it belongs to."""
+        model, name = load_named(_named_model(header, place) if model is None else model)
+        _check_model(model, header, place)
+        index = cls(backend, model, header["model"]["name"] or name)
+        if path is not None:
+            index._path, index._saved = path, header["checksum"]
+        return index
+
+    @classmethod
+    def _open_milvus(cls, address: str, model: SentenceTransformer | str | None, create: bool) -> SemanticIndex:
+        loaded, name = (None, None) if model is None else load_named(model)
+        dim = None if loaded is None else loaded.get_embedding_dimension()
+        backend = cast("MilvusBackend", open_backend(address, dim, create))
+        header = backend.identity
+        if header is not None:
+            return cls._known(backend, header, loaded, address)
+        if loaded is None:
+            raise ValueError(f"{address} does not say which model it was made with: name it")
+        index = cls(backend, loaded, name)
+        backend.identity = index._header
+        return index
+
+
+def model_header(model: SentenceTransformer, name: str | None = None) -> dict[str, Any]:
+    """What an index keeps of its model: its identity, and the embedding of a probe sentence."""
+    probe = encode_documents(model, [PROBE])[0]
+    return {
+        "model": model_identity(model, name or _name(model)),
+        "probe": {"text": PROBE, "embedding": [round(float(value), 7) for value in probe]},
+    }
+
+
+def load_named(model: SentenceTransformer | str) -> tuple[SentenceTransformer, str | None]:
+    """A model and its name; loaded if it is only named. The name of a folder is its whole path."""
+    if not isinstance(model, str):
+        return model, _name(model)
+    return load_model(model), str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def checked_texts(texts: Iterable[str]) -> list[str]:
+    """Texts as a list.
+
+    Raises:
+        ValueError: if one is empty, or they are one text; names the row.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is one text: give a list of them")
+    listed = list(texts)
+    for row, text in enumerate(listed):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"row {row}: the text is {text!r}, expected one that is not empty")
+    return listed
+
+
+def _name(model: SentenceTransformer) -> str | None:
+    """Where a model was loaded from, as far as it knows."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _check_model(model: SentenceTransformer, header: Mapping[str, Any], place: str) -> None:
+    """Refuse a model that is not the one of an index."""
+    expected, probe = header["model"], header["probe"]
+    made_by = f"the index {place} was made with the model {expected['name'] or 'of no name'}"
+    remedy = "give that model, or build the index anew with this one"
+    found = model_identity(model, _name(model))
+    if found["dimension"] != expected["dimension"]:
+        raise ValueError(
+            f"{made_by}, whose embeddings are of width {expected['dimension']}; those of {found['name']} are of width "
+            f"{found['dimension']}: {remedy}"
+        )
+    if found["parameters_sha256"] != expected["parameters_sha256"]:
+        raise ValueError(
+            f"{made_by} (parameters {expected['parameters_sha256'][:12]}), which {found['name']} (parameters "
+            f"{found['parameters_sha256'][:12]}) is not, or in another precision: {remedy}"
+        )
+    cosine = float(encode_documents(model, [probe["text"]])[0] @ np.array(probe["embedding"]))
+    if cosine < _PROBE_COSINE:
+        raise ValueError(
+            f"{made_by}. This one has the same parameters, but embeds a probe sentence differently (cosine "
+            f"{cosine:.4f}): its pooling, prompts or input length are others; {remedy}"
+        )
+
+
+def _named_model(header: Mapping[str, Any], place: str) -> str:
+    name = header["model"]["name"]
+    if not name:
+        raise ValueError(f"the index {place} does not know the name of its model: give the model")
+    return str(name)
+
+
+def _texts_rows(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    ids: Sequence[str],
+    metadata: Iterable[Metadata] | None,
+    show_progress_bar: bool | None,
+) -> Rows:
+    """Rows with the embeddings of their texts; all else is checked before the texts are encoded."""
+    listed = None if metadata is None else list(metadata)
+    Rows.checked(ids, texts, np.ones((len(texts), 1)), listed)
+    if not texts:
+        return Rows([], [], np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32), [])
+    return Rows.checked(ids, texts, encode_documents(model, texts, show_progress_bar=show_progress_bar), listed)
+
+
+def _ids(ids: Iterable[str]) -> list[str]:
+    if isinstance(ids, str):
+        raise ValueError(f"ids is one text, {ids!r}: give a list of them")
+    return list(ids)
+
+
+def _new_ids(ids: Iterable[str] | None, texts: Sequence[str]) -> list[str]:
+    return [str(row) for row in range(len(texts))] if ids is None else _ids(ids)
+
+
+def _by_id(act: Callable[[_Given], _Result], given: _Given) -> _Result:
+    """Do something that needs ids which are there."""
+    try:
+        return act(given)
+    except KeyError as error:
+        raise UnknownIdError(error.args[0]) from None

@@ -1,0 +1,243 @@
+"""The folder of a saved index: what is in it, written so that it is whole at any moment, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from st_kdmcse.data.files import byte_progress, sha256_file
+from st_kdmcse.data.layout import manifest_checksum
+from st_kdmcse.provenance import versions
+from st_kdmcse.search.factory import Tuning, load_faiss
+from st_kdmcse.search.faiss_backend import FaissBackend
+from st_kdmcse.search.table import Table
+
+FORMAT = "st_kdmcse.semantic_index"
+VERSION = 1
+MANIFEST, LOCK = "manifest.json", "lock"
+VECTORS, TABLE = "vectors.faiss", "rows.sqlite"
+
+_FOLDER = "data-"
+
+
+def is_index(path: Path) -> bool:
+    """Whether a folder holds a saved index."""
+    return (path / MANIFEST).is_file()
+
+
+def check_free(path: Path) -> None:
+    """Make sure that a new index can be written to a folder.
+
+    Raises:
+        ValueError: if there is an index, a file, or a folder of something else.
+    """
+    if is_index(path):
+        raise ValueError(f"there is an index at {path} already: add to it, delete that folder, or choose another")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: an index is a folder")
+    if path.is_dir() and any(not _ours(each) for each in path.iterdir()):
+        raise ValueError(f"{path} is a folder with something else in it: choose another, or an empty one")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine from writing to a folder at the same time.
+
+    Raises:
+        ValueError: if another one is at work there.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from None
+        yield
+
+
+def write_index(
+    path: Path,
+    backend: FaissBackend,
+    header: Mapping[str, Any],
+    expected: str | None = None,
+) -> str:
+    """Write an index into a folder, in the place of the one that is there.
+
+    The files go into a new folder inside of ``path``; the manifest that names it is then replaced in one step, and the
+    files of the old one are removed. Killed at any moment, the old index or the new one is there, whole.
+
+    Args:
+        path: the folder of the index.
+        backend: rows and vectors.
+        header: of the model, see :func:`read_index`.
+        expected: checksum of the manifest that is there; None if there is none.
+
+    Returns:
+        The checksum of the manifest.
+
+    Raises:
+        ValueError: if another process is writing, or has changed the index meanwhile.
+    """
+    with locked(path):
+        if expected is None:
+            check_free(path)
+        elif not is_index(path) or read_manifest(path)["checksum"] != expected:
+            raise ValueError(
+                f"the index {path} was changed by another process since it was opened here: open it again, repeat the "
+                "changes, and save it then"
+            )
+        folder = path / f"{_FOLDER}{uuid.uuid4().hex}"
+        _remove_others(path, read_manifest(path)["folder"] if expected else "")
+        folder.mkdir()
+        faiss = load_faiss()
+        faiss.write_index(backend.index, str(folder / VECTORS))
+        backend.table.write(folder / TABLE)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            **header,
+            "dim": backend.dim,
+            "rows": len(backend),
+            "vectors": int(backend.index.ntotal),
+            "factory": backend.factory,
+            "tuning": None if backend.tuning is None else asdict(backend.tuning),
+            "folder": folder.name,
+            "files": {
+                name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+                for name in (VECTORS, TABLE)
+            },
+            "versions": {**versions(), **_faiss_version()},
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        manifest["checksum"] = manifest_checksum(manifest)
+        for name in (VECTORS, TABLE):
+            _sync(folder / name)
+        _sync(folder)
+        temporary = folder / MANIFEST
+        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path / MANIFEST)
+        _sync(path)
+        _remove_others(path, folder.name)
+        return str(manifest["checksum"])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a saved index, checked.
+
+    Raises:
+        FileNotFoundError: if there is no index.
+        ValueError: if the manifest is damaged or altered, or of another version.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no index at {path}: make one with st-kdmcse index build, or SemanticIndex.build"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): build the index anew, or take it from a copy") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} is not the manifest of an index of this package")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has version {manifest.get('version')}, this package reads {VERSION}: update it, or build anew"
+        )
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise ValueError(f"{file} was altered or is damaged: build the index anew, or take it from a copy")
+    return manifest
+
+
+def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[FaissBackend, dict[str, Any]]:
+    """Read a saved index; every byte of it is compared with the checksums of the manifest first.
+
+    Args:
+        path: the folder of the index.
+        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+
+    Returns:
+        Rows and vectors, and the manifest, with what :func:`write_index` was given as ``header``.
+
+    Raises:
+        FileNotFoundError: if there is no index, or a file of it is missing.
+        ValueError: if a file is truncated or altered; names it.
+    """
+    while True:
+        manifest = read_manifest(path)
+        try:
+            return _read(path, manifest, show_progress_bar), manifest
+        except FileNotFoundError:
+            if is_index(path) and read_manifest(path)["checksum"] == manifest["checksum"]:
+                raise  # else it was saved anew while it was read
+
+
+def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | None) -> FaissBackend:
+    folder = path / manifest["folder"]
+    if folder.parent != path or set(manifest["files"]) != {VECTORS, TABLE}:
+        raise ValueError(f"{path / MANIFEST} names files that are not those of an index")
+    files = {folder / name: known for name, known in manifest["files"].items()}
+    for file, known in files.items():
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: build the index anew, or take it from a copy")
+        if file.stat().st_size != known["bytes"]:
+            raise ValueError(
+                f"{file} has {file.stat().st_size:,} bytes, not {known['bytes']:,}: it is truncated or altered; build "
+                "the index anew, or take it from a copy"
+            )
+    total = sum(known["bytes"] for known in files.values())
+    with byte_progress(total, f"Checking {path.name}", show_progress_bar) as progress:
+        for file, known in files.items():
+            if sha256_file(file, progress.update) != known["sha256"]:
+                raise ValueError(f"{file} was altered or is damaged: build the index anew, or take it from a copy")
+    index = load_faiss().read_index(str(folder / VECTORS))
+    table = Table.open(folder / TABLE)
+    if (index.d, index.ntotal, len(table)) != (manifest["dim"], manifest["vectors"], manifest["rows"]):
+        raise ValueError(f"the files of {folder} do not belong together: build the index anew, or take it from a copy")
+    tuning = manifest["tuning"]
+    return FaissBackend(index, table, manifest["factory"], None if tuning is None else Tuning(**tuning))
+
+
+def _ours(path: Path) -> bool:
+    return path.name in (LOCK, MANIFEST) or (path.name.startswith(_FOLDER) and path.is_dir())
+
+
+def _remove_others(path: Path, kept: str) -> None:
+    """Delete what earlier states, or attempts that were killed, left behind."""
+    for each in path.iterdir():
+        if each.is_dir() and each.name.startswith(_FOLDER) and each.name != kept:
+            shutil.rmtree(each, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before going on."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _faiss_version() -> dict[str, str]:
+    for wheel in ("faiss-cpu", "faiss-gpu"):
+        try:
+            return {wheel: version(wheel)}
+        except PackageNotFoundError:
+            continue
+    return {}

@@ -1,0 +1,101 @@
+"""Builds, or adds to, an index in child processes that are killed at random moments: usage MODEL FOLDER build|add.
+
+Prints, as JSON, how many were killed and, of `add`, the number of rows after each. It forks before it computes
+anything: a child of a process whose threads have run hangs.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import faiss  # noqa: F401 - imported once, not by each child
+import sentence_transformers.sentence_transformer.model_card  # noqa: F401 - likewise
+import torch
+from helpers import WORDS
+
+from st_kdmcse import build_student
+from st_kdmcse.search import Record, SemanticIndex, build_index
+
+ROWS, ADDED = 120, 30
+TEXTS = [" ".join(random.Random(row).choices(WORDS, k=7)) for row in range(ROWS + 20 * ADDED)]
+
+
+def records():
+    return (Record(f"r{row}", TEXTS[row], {"row": row}) for row in range(ROWS))
+
+
+def build(model, path):
+    build_index(records, model, None, path, source={"rows": str(ROWS)}, block_rows=16, show_progress_bar=False)
+
+
+def add(model, path):
+    index = SemanticIndex.load(path, model)
+    rows = range(len(index), len(index) + ADDED)
+    index.add([TEXTS[row] for row in rows], [f"r{row}" for row in rows], [{"row": row} for row in rows])
+    index.save()
+
+
+def check(model, path):
+    """The index must be whole: every row finds itself. Leaves the number of rows in a file."""
+    index = SemanticIndex.load(path, model)
+    assert len(index) >= ROWS
+    assert (len(index) - ROWS) % ADDED == 0
+    hits = index.get([f"r{row}" for row in range(len(index))])
+    assert [hit.text for hit in hits] == TEXTS[: len(index)]
+    found = index.search(TEXTS[: len(index)], k=1)
+    assert all(hits[0].score > 0.9999 for hits in found)
+    Path(f"{path}.rows").write_text(str(len(index)))
+
+
+def in_child(act, path, seconds=None):
+    """Whether the child was killed, that long after its model was loaded and the index found whole."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            model = build_student(sys.argv[1]).to("cpu")
+            if act is add:
+                check(model, path)
+            os.close(writing)
+            act(model, path)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    os.read(reading, 1)  # nothing, once the child has closed its end
+    os.close(reading)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, code = os.waitpid(process, os.WNOHANG)
+        if done:
+            if code:
+                sys.exit(f"{act.__name__} failed")
+            return False
+        if deadline is not None and time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return True
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    path, act = Path(sys.argv[2]), {"build": build, "add": add}[sys.argv[3]]
+    moments = random.Random(3)
+    killed, rows = 0, []
+    if act is build:
+        while in_child(build, path, moments.uniform(0.5, 1) * 0.04 * (killed + 1)):
+            killed += 1
+        in_child(check, path)
+    else:
+        for _ in range(12):
+            killed += in_child(add, path, moments.uniform(0, 0.15))
+            rows.append(int(Path(f"{path}.rows").read_text()))
+        in_child(check, path)
+        rows.append(int(Path(f"{path}.rows").read_text()))
+    sys.stdout.write(json.dumps({"killed": killed, "rows": rows}))

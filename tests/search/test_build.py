@@ -1,0 +1,191 @@
+"""Tests of st_kdmcse.search.build."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import st_kdmcse.search.build as build_module
+from st_kdmcse import build_student
+from st_kdmcse.search import Record, SemanticIndex, build_index
+
+WORKER = Path(__file__).with_name("killed_index_worker.py")
+SOURCE = {"file": "some.txt", "sha256": "0" * 64}
+
+
+@pytest.fixture
+def records(sentences):
+    return [Record(f"r{row}", text, {"row": row}) for row, text in enumerate(sentences)]
+
+
+@pytest.fixture
+def build(student, tmp_path):
+    def run(records, **options):
+        settings = {"source": SOURCE, "block_rows": 32, "show_progress_bar": False} | options
+        return build_index(lambda: iter(records), student, None, tmp_path / "index", **settings)
+
+    return run
+
+
+@pytest.fixture
+def stopped(build, records, monkeypatch):
+    """A build that failed in its fourth block."""
+    encode, calls = build_module.encode_documents, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "encode_documents", fail)
+        with pytest.raises(KeyboardInterrupt):
+            build(records)
+
+
+@pytest.mark.parametrize("factory", [None, "HNSW16", "IVF4,Flat"])
+def test_equals_an_index_built_in_memory(build, records, student, tmp_path, factory):
+    index = build(records, factory=factory, recall_target=1.0)
+    texts, ids = [record.text for record in records], [record.id for record in records]
+    other = SemanticIndex.build(student, texts, ids=ids, factory=factory, recall_target=1.0)
+    for mine, theirs in zip(index.search(texts[::7]), other.search(texts[::7]), strict=True):
+        assert [hit.score for hit in mine] == pytest.approx([hit.score for hit in theirs], abs=1e-5)
+    assert index.get(ids)[5].metadata == {"row": 5}
+    found = [hits[0].id for hits in index.search(texts, k=1)]
+    assert np.mean([mine == own for mine, own in zip(found, ids, strict=True)]) >= 0.99  # IVF may miss a near tie
+    assert [each.name for each in tmp_path.iterdir()] == ["index"]
+    assert index.save() == tmp_path / "index"
+
+
+def test_goes_on_after_an_interruption(stopped, build, records, monkeypatch, caplog):
+    encoded, encode = [], build_module.encode_documents
+
+    def count(model, texts, *rest):
+        encoded.append(len(texts))
+        return encode(model, texts, *rest)
+
+    monkeypatch.setattr(build_module, "encode_documents", count)
+    with caplog.at_level(logging.INFO, "st_kdmcse"):
+        index = build(records)
+    assert sum(encoded) == len(records) - 96
+    assert "went on with 96 of 200 records" in caplog.text
+    assert [hits[0].id for hits in index.search([record.text for record in records], k=1)] == [
+        record.id for record in records
+    ]
+
+
+def test_damaged_parts_are_made_again(stopped, build, records, tmp_path, caplog):
+    parts = tmp_path / "index.parts"
+    array = parts / "part-000001.npy"
+    array.write_bytes(array.read_bytes()[:-7])
+    (parts / "part-000002.json").write_text("{")
+    index = build(records)
+    assert f"{array} is damaged and is made again" in caplog.text
+    assert [hits[0].id for hits in index.search([record.text for record in records], k=1)] == [
+        record.id for record in records
+    ]
+
+
+def test_a_table_that_was_lost_is_made_again(stopped, build, records, tmp_path):
+    (tmp_path / "index.parts" / "rows.sqlite").unlink()
+    assert len(build(records).get([record.id for record in records])) == len(records)
+
+
+def test_other_records_do_not_continue_a_build(stopped, build, records, tiny_bert, tmp_path):
+    with pytest.raises(ValueError, match=r"index\.parts differs in source .*delete that folder"):
+        build(records, source={"file": "other.txt"})
+    changed = [Record(record.id, f"{record.text} ball", record.metadata) for record in records]
+    with pytest.raises(ValueError, match="made from other records, though their source is the same"):
+        build(changed)
+    other = build_student(str(tiny_bert)).to("cpu")
+    next(other.parameters()).data[7] += 1
+    with pytest.raises(ValueError, match="differs in model"):
+        build_index(lambda: records, other, None, tmp_path / "index", source=SOURCE, block_rows=32)
+    assert len(build(records)) == len(records)
+
+
+def test_killed_after_the_last_step(build, records, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module._Parts, "remove", lambda self: None)
+        build(records)
+    assert (tmp_path / "index.parts").is_dir()
+    assert len(build(records)) == len(records)
+    assert not (tmp_path / "index.parts").exists()
+    with pytest.raises(ValueError, match="there is an index at"):
+        build(records)
+
+
+def test_unusable_records_are_named_before_anything_is_encoded(build, records, tmp_path):
+    for bad, message in [
+        ([], "no records"),
+        ([*records, Record("r3", "again", {})], "record 201: the id 'r3' was there before"),
+        ([*records, Record("x", " ", {})], "record 201 .id 'x'.: the text is ' '"),
+        ([Record("", "a dog", {})], "the id ''"),
+        ([Record("x", "a dog", {"a": [1]})], "metadata 'a'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build(bad)
+    for options, message in [({"factory": "nonsense"}, "nonsense"), ({"recall_target": 0}, "recall_target is 0")]:
+        with pytest.raises(ValueError, match=message):
+            build(records, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_records_that_change_meanwhile_are_refused(student, records, tmp_path):
+    for later in (records[:150], [*records, Record("new", "a dog", {})]):
+        passes = iter([records, later])
+        with pytest.raises(ValueError, match="another number later"):
+            build_index(lambda p=passes: next(p), student, None, tmp_path / "i", source=SOURCE, block_rows=32)
+
+
+def test_two_builds_of_one_index_are_refused(build, records, tmp_path):
+    def nested():
+        with pytest.raises(ValueError, match="another process is writing to"):
+            build(records)
+        yield from records
+
+    calls = iter([lambda: records, nested])
+    build_records = lambda: next(calls)()  # noqa: E731
+    model = build.__closure__[0].cell_contents
+    index = build_index(build_records, model, None, tmp_path / "index", source=SOURCE, block_rows=32)
+    assert len(index) == len(records)
+
+
+@pytest.mark.slow
+def test_several_processes_encode_the_same(student, records, tmp_path):
+    devices = ["cpu", "cpu"]
+    index = build_index(lambda: records, student, None, tmp_path / "index", source=SOURCE, devices=devices)
+    assert str(student.device) == "cpu"
+    assert [hits[0].id for hits in index.search([record.text for record in records], k=1)] == [
+        record.id for record in records
+    ]
+
+
+def test_killed_at_random_moments_the_index_is_the_same(tiny_bert, tmp_path):
+    sys.path.insert(0, str(WORKER.parent))
+    from killed_index_worker import ROWS, TEXTS, records
+
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{WORKER.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        [sys.executable, WORKER, tiny_bert, tmp_path / "index", "build"],
+        env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["killed"] >= 2
+    model = build_student(str(tiny_bert)).to("cpu")
+    index = SemanticIndex.load(tmp_path / "index", model)
+    other = build_index(records, model, None, tmp_path / "other", source=SOURCE, block_rows=16)
+    ids = [f"r{row}" for row in range(ROWS)]
+    assert index.get(ids) == other.get(ids)
+    for mine, theirs in zip(index.search(TEXTS[:40]), other.search(TEXTS[:40]), strict=True):
+        assert [hit.score for hit in mine] == pytest.approx([hit.score for hit in theirs], abs=1e-6)
