@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import faiss  # noqa: F401 - imported once, not by each child
@@ -19,6 +20,7 @@ from helpers import WORDS
 
 from st_kdmcse import build_student
 from st_kdmcse.search import Record, SemanticIndex, build_index
+from st_kdmcse.search.storage import is_index
 
 ROWS, ADDED = 120, 30
 TEXTS = [" ".join(random.Random(row).choices(WORDS, k=7)) for row in range(ROWS + 20 * ADDED)]
@@ -65,6 +67,8 @@ def in_child(act, path, seconds=None):
             os.close(writing)
             act(model, path)
             status = 0
+        except BaseException:  # noqa: BLE001 - whatever it is, the child ends here
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writing)
@@ -91,6 +95,8 @@ if __name__ == "__main__":
     if act is build:
         while in_child(build, path, moments.uniform(0.5, 1) * 0.04 * (killed + 1)):
             killed += 1
+            if is_index(path) and not Path(f"{path}.parts", "run.json").exists():
+                break  # killed when all was done
         in_child(check, path)
     else:
         for _ in range(12):
