@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,11 +45,34 @@ def byte_progress(total: int, description: str, show: bool | None = None) -> Byt
         description: what is going on.
         show: whether to show the bar; None shows it in a terminal, once the work has taken two seconds.
     """
+    return progress_bar(total, description, "B", show, unit_scale=True)
+
+
+def progress_bar(total: int | None, description: str, unit: str, show: bool | None = None, **options: Any) -> tqdm[Any]:
+    """Progress bar by the rule of this package: shown in a terminal, once the work has taken two seconds.
+
+    Args:
+        total: how much there is; None if that is not known.
+        description: what is going on.
+        unit: what is counted.
+        show: whether to show the bar; None follows the rule.
+        options: further ones of tqdm.
+    """
     return tqdm(
         total=total,
         desc=description,
-        unit="B",
-        unit_scale=True,
+        unit=unit,
         delay=2 if show is None else 0,
         disable=None if show is None else not show,
+        **options,
     )
+
+
+def sync_path(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before going on."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from st_kdmcse.data.files import sha256_file
+from st_kdmcse.data.files import sha256_file, sync_path
 from st_kdmcse.data.layout import (
     ARROW,
     FORMAT,
@@ -244,9 +244,9 @@ class FeatureStoreWriter:
             json.dump(manifest, file, indent=2, ensure_ascii=False)
             _sync(file)
         self._refuse_existing()
-        _sync_folder(self._temporary)
+        sync_path(self._temporary)
         self._temporary.replace(self._path)
-        _sync_folder(self._path.parent)
+        sync_path(self._path.parent)
 
 
 class _GrowingArray:
@@ -297,12 +297,3 @@ def _check_text(value: Any, name: str) -> None:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
-from tqdm import tqdm
+
+from st_kdmcse.data.files import progress_bar
 
 Matrix = npt.NDArray[np.float32]
 Read = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -141,13 +142,7 @@ def encode_distinct_each(
     try:
         with (
             torch.inference_mode(),
-            tqdm(
-                total=len(distinct),
-                desc="Encoding",
-                unit="sentence",
-                delay=2 if show_progress_bar is None else 0,
-                disable=None if show_progress_bar is None else not show_progress_bar,
-            ) as progress,
+            progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress,
         ):
             for rows in batches:
                 features = model.preprocess([distinct[row] for row in rows], prompt=prompt)

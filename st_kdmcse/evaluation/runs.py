@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import sha256_file
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.evaluation.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
@@ -272,13 +272,7 @@ def score_runs(
     """
     found: dict[tuple[Path, Checkpoint], Scores] = {}
     checkpoints: tuple[Checkpoint, ...] = ("best", "last")
-    with tqdm(
-        total=len(checkpoints) * len(runs),
-        desc="STS tasks",
-        unit="model",
-        delay=2 if show_progress_bar is None else 0,
-        disable=None if show_progress_bar is None else not show_progress_bar,
-    ) as progress:
+    with progress_bar(len(checkpoints) * len(runs), "STS tasks", "model", show_progress_bar) as progress:
         for run in runs:
             checksum = {}
             for checkpoint in checkpoints:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from st_kdmcse.data import FeatureStore, true_pair_score
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.layout import ROWS_PER_CHUNK, Array, Rows
 from st_kdmcse.data.thresholds import draw_images, unit_rows
 from st_kdmcse.evaluation.plots import COLORS, new_figure
@@ -268,13 +269,7 @@ def threshold_statistics(
     captions_drawn = int(features.counts[drawn].sum())
     comparisons = captions_drawn + (len(drawn) if store.shared_space else 0)
     text_image = ranks = None
-    with tqdm(
-        total=comparisons,
-        desc="Comparing",
-        unit="row",
-        delay=2 if show_progress_bar is None else 0,
-        disable=None if show_progress_bar is None else not show_progress_bar,
-    ) as progress:
+    with progress_bar(comparisons, "Comparing", "row", show_progress_bar) as progress:
         text_text = _text_text(features, drawn, proposed, batch_size, progress)
         if store.shared_space:
             proposed = true_pair_score(store, "text-image", quantile=quantile)

@@ -19,7 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from st_kdmcse.data.files import sha256_file
+from st_kdmcse.data.files import progress_bar, sha256_file
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.provenance import parameters_checksum, write_json
 from st_kdmcse.search.base import Matrix, Rows
@@ -298,10 +298,4 @@ def _shown(run: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _progress(total: int | None, description: str, show: bool | None) -> tqdm[Any]:
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="text",
-        delay=2 if show is None else 0,
-        disable=None if show is None else not show,
-    )
+    return progress_bar(total, description, "text", show)

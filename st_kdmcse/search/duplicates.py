@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from sentence_transformers import SentenceTransformer
-from tqdm import tqdm
 
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.evaluation.encoding import encode_distinct
 from st_kdmcse.search.base import Matrix
 from st_kdmcse.search.factory import load_faiss
@@ -181,13 +181,7 @@ def _near_pairs(
         index.nprobe = _LISTS_SEARCHED
     index.add(vectors)
     rows = max(1 if exact else _BLOCK_ROWS, _BLOCK_SCORES // count)
-    with tqdm(
-        total=count,
-        desc="Comparing",
-        unit="text",
-        delay=2 if show_progress_bar is None else 0,
-        disable=None if show_progress_bar is None else not show_progress_bar,
-    ) as progress:
+    with progress_bar(count, "Comparing", "text", show_progress_bar) as progress:
         for start in range(0, count, rows):
             block = vectors[start : start + rows]
             limits, scores, right = index.range_search(block, threshold - _ROUNDING)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
-from tqdm import tqdm
 
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.evaluation.encoding import BATCH_TOKENS, length_batches, token_counts
 from st_kdmcse.search.base import Matrix
 
@@ -62,13 +62,7 @@ def _encode(
             matrix[order] = encode([distinct[row] for row in order], pool=pool, **settings)
         else:
             budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-            with tqdm(
-                total=len(distinct),
-                desc="Encoding",
-                unit="text",
-                delay=2 if show is None else 0,
-                disable=None if show is None else not show,
-            ) as progress:
+            with progress_bar(len(distinct), "Encoding", "text", show) as progress:
                 for rows in length_batches(lengths, budget):
                     matrix[rows] = encode([distinct[row] for row in rows], batch_size=len(rows), **settings)
                     progress.update(len(rows))

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.search.base import Matrix
 
 logger = logging.getLogger(__name__)
@@ -406,10 +407,4 @@ def _last_line(error: Exception) -> str:
 
 
 def _progress(total: int, description: str, show: bool | None) -> tqdm[Any]:
-    return tqdm(
-        total=total,
-        desc=description,
-        unit="row",
-        delay=2 if show is None else 0,
-        disable=None if show is None else not show,
-    )
+    return progress_bar(total, description, "row", show)

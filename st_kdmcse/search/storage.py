@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from st_kdmcse.data.files import byte_progress, sha256_file
+from st_kdmcse.data.files import byte_progress, sha256_file, sync_path
 from st_kdmcse.data.layout import manifest_checksum
 from st_kdmcse.provenance import versions
 from st_kdmcse.search.factory import Tuning, load_faiss
@@ -121,18 +119,18 @@ def write_index(
                 name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
                 for name in (VECTORS, TABLE)
             },
-            "versions": {**versions(), **_faiss_version()},
+            "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         manifest["checksum"] = manifest_checksum(manifest)
         for name in (VECTORS, TABLE):
-            _sync(folder / name)
-        _sync(folder)
+            sync_path(folder / name)
+        sync_path(folder)
         temporary = folder / MANIFEST
         temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _sync(temporary)
+        sync_path(temporary)
         temporary.replace(path / MANIFEST)
-        _sync(path)
+        sync_path(path)
         _remove_others(path, folder.name)
         return str(manifest["checksum"])
 
@@ -222,22 +220,3 @@ def _remove_others(path: Path, kept: str) -> None:
     for each in path.iterdir():
         if each.is_dir() and each.name.startswith(_FOLDER) and each.name != kept:
             shutil.rmtree(each, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before going on."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _faiss_version() -> dict[str, str]:
-    for wheel in ("faiss-cpu", "faiss-gpu"):
-        try:
-            return {wheel: version(wheel)}
-        except PackageNotFoundError:
-            continue
-    return {}
