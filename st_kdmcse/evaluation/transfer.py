@@ -30,8 +30,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
-from tqdm import tqdm
 
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
 from st_kdmcse.evaluation.encoding import SentenceEmbeddings, encode_distinct
 from st_kdmcse.provenance import model_identity, provenance, write_json
@@ -331,12 +331,7 @@ class _Fits:
     def __init__(self, jobs: int | None, task: str, show_progress_bar: bool | None) -> None:
         self._pool = ThreadPoolExecutor(jobs or os.cpu_count() or 1)
         self._limits = threadpool_limits(1, user_api="blas")
-        self._bar = tqdm(
-            desc=f"{task}: classifiers",
-            unit="fit",
-            delay=2 if show_progress_bar is None else 0,
-            disable=None if show_progress_bar is None else not show_progress_bar,
-        )
+        self._bar = progress_bar(None, f"{task}: classifiers", "fit", show_progress_bar)
 
     def __enter__(self) -> _Fits:
         return self
