@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+HEADS_DIR = "heads"
+"""The folder beside a saved model that holds its heads."""
 WEIGHTS_NAME = "heads.safetensors"
 CONFIG_NAME = "heads_config.json"
 
@@ -73,13 +75,7 @@ def load_heads(heads: nn.ModuleDict, path: str | Path) -> None:
         ValueError: if the file is damaged, or a parameter is missing, unknown or of another shape. Nothing is changed
             then.
     """
-    file = Path(path) / WEIGHTS_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: {path} is not a directory that save_heads wrote")
-    try:
-        saved = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read, it may be truncated: {error}") from error
+    file, saved = _read(path)
     expected = heads.state_dict()
     problems = [f"{name} is missing from the file" for name in expected.keys() - saved.keys()]
     problems += [f"{name} is unknown to this loss" for name in saved.keys() - expected.keys()]
@@ -94,3 +90,34 @@ def load_heads(heads: nn.ModuleDict, path: str | Path) -> None:
             "and projection_dim that it was trained with"
         )
     heads.load_state_dict(saved)
+
+
+def load_head(path: str | Path, name: str) -> ProjectionHead:
+    """One of the heads that :func:`save_heads` wrote.
+
+    Args:
+        path: the directory.
+        name: "text", "grounding", "teacher_image" or "teacher_text".
+
+    Raises:
+        FileNotFoundError: if there are no heads at ``path``.
+        ValueError: if the file is damaged, or has no such head.
+    """
+    file, saved = _read(path)
+    weight, bias = saved.get(f"{name}.dense.weight"), saved.get(f"{name}.dense.bias")
+    if weight is None or bias is None:
+        known = sorted({key.split(".")[0] for key in saved})
+        raise ValueError(f"{file} has no {name} head, only {', '.join(known)}: train with mcse or kdmcse")
+    head = ProjectionHead(weight.shape[1], weight.shape[0])
+    head.dense.load_state_dict({"weight": weight, "bias": bias})
+    return head.eval()
+
+
+def _read(path: str | Path) -> tuple[Path, dict[str, Tensor]]:
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: {path} is not a directory that save_heads wrote")
+    try:
+        return file, load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read, it may be truncated: {error}") from error

@@ -17,12 +17,10 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 
 from st_kdmcse.collator import KDMCSEDataCollator
+from st_kdmcse.heads import HEADS_DIR
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.schedule import ROW_COLUMN, StepRatioBatchSampler
-
-HEADS_DIR = "heads"
-"""The folder beside a saved model that holds its heads."""
 
 
 class KDMCSETrainer(SentenceTransformerTrainer):

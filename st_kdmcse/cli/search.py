@@ -19,11 +19,15 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.evaluation.encoding import load_model
+from st_kdmcse.heads import HEADS_DIR
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit
 from st_kdmcse.search.build import build_index
 from st_kdmcse.search.duplicates import DUPLICATE_COLUMNS, Duplicates, find_duplicates
+from st_kdmcse.search.filters import parse_filter
+from st_kdmcse.search.images import index_images
 from st_kdmcse.search.records import Record, RecordFile, output_file, write_rows
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import read_index
@@ -50,8 +54,6 @@ _PAIRS_SHOWN = 20
 _PAIRS_WRITTEN = 1_000_000
 _TEXT_LINES = 4
 _UNITS = {"": 1, **{unit: 1 << (10 * power) for power, unit in enumerate("KMGT", start=1)}}
-_CONDITION = re.compile(r"(?P<name>[^=!<>]+)(?P<operator>>=|<=|!=|=|>|<)(?P<value>.*)", re.DOTALL)
-_OPERATORS = {"=": "eq", "!=": "ne", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -112,6 +114,17 @@ def file_options(with_id: str = "", with_metadata: bool = True) -> Callable[[Com
 Address = click.argument("address", metavar="DIR")
 Model = click.option("--model", help="Hub name or folder, if the model is not where the index was made.")
 File = click.argument("file", type=click.Path(path_type=Path))
+Factory = click.option("--factory", help="FAISS's name of an index type, such as IVF4096,Flat.  [chosen by size]")
+RecallTarget = click.option(
+    "--recall-target",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Recall@10 that an approximate index is tuned to.",
+)
+MemoryLimit = click.option(
+    "--memory-limit", type=SizeType(), help="Memory for the vectors, such as 4GiB.  [that of the machine]"
+)
 _SETTINGS = {"max_content_width": 120}
 
 
@@ -129,15 +142,9 @@ def index() -> None:
 @click.option("--model", required=True, help="Sentence encoder: hub name or folder.")
 @click.option("--out", required=True, metavar="DIR", help="Folder of the index, or the address of a Milvus collection.")
 @file_options("number of the line, or row")
-@click.option("--factory", help="FAISS's name of an index type, such as IVF4096,Flat.  [chosen by size]")
-@click.option(
-    "--recall-target",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.95,
-    show_default=True,
-    help="Recall@10 that an approximate index is tuned to.",
-)
-@click.option("--memory-limit", type=SizeType(), help="Memory for the vectors, such as 4GiB.  [that of the machine]")
+@Factory
+@RecallTarget
+@MemoryLimit
 @click.option("--devices", type=NamesType(), metavar="A,B", help="That share the encoding: cuda:0,cuda:1.  [all GPUs]")
 def build(
     file: Path,
@@ -182,6 +189,47 @@ def build(
         click.echo(f"{len(made):,} texts of {file} are in {out}")
         _say_what_was_skipped(records)
         click.echo(f'search it: st-kdmcse search {shlex.quote(out)} "a query"')
+
+
+@index.command(context_settings=_SETTINGS)
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="Sentence encoder that was trained with the heads: hub name or folder.")
+@click.option("--heads", type=click.Path(path_type=Path), help="Folder of the trained heads.  [MODEL/heads]")
+@click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of the image files, to show them.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the index.")
+@Factory
+@RecallTarget
+@MemoryLimit
+def images(
+    features: Path,
+    model: str,
+    heads: Path | None,
+    folder: Path | None,
+    out: Path,
+    factory: str | None,
+    recall_target: float,
+    memory_limit: int | None,
+) -> None:
+    """Index the images of the feature store FEATURES, to be found by sentences, with heads that were trained on it.
+
+    \b
+    st-kdmcse index images flickr30k-features --model kdmcse-bert --images flickr30k-images --out my-images
+    st-kdmcse search my-images "a dog in the snow"
+    """  # noqa: D301 - click reads the backspace character
+    quiet_libraries()
+    with friendly_errors("stopped; nothing was written"):
+        made = index_images(
+            FeatureStore.open(features),
+            load_model(model),
+            Path(model, HEADS_DIR) if heads is None else heads,
+            out,
+            images=folder,
+            factory=factory,
+            recall_target=recall_target,
+            memory_limit=memory_limit,
+        )
+        click.echo(f"{len(made):,} images of {features} are in {out}")
+        click.echo(f'search them: st-kdmcse search {shlex.quote(str(out))} "a query"')
 
 
 @index.command(context_settings=_SETTINGS)
@@ -366,37 +414,6 @@ def duplicates(file: Path, model: str, threshold: float, out: Path | None, limit
         _say_what_was_skipped(records)
 
 
-def parse_filter(conditions: Iterable[str]) -> Filter | None:
-    """A filter from conditions as they are typed.
-
-    >>> parse_filter(["lang=en", "year>=2000", "year<2010"])
-    {'lang': {'eq': 'en'}, 'year': {'gte': 2000, 'lt': 2010}}
-    >>> parse_filter(['code="007"', 'lang=["en", "de"]'])
-    {'code': {'eq': '007'}, 'lang': ['en', 'de']}
-
-    Args:
-        conditions: such as ``year>=2000``; a value is JSON if it can be read as that, else text.
-
-    Raises:
-        ValueError: if one is none, or two contradict each other.
-    """
-    where: dict[str, Any] = {}
-    for condition in conditions:
-        parts = _CONDITION.fullmatch(condition)
-        if parts is None or not parts["name"].strip() or not parts["value"].strip():
-            raise ValueError(f"--filter {condition!r}: expected 'NAME=VALUE', or !=, <, <=, > or >=, in quotes")
-        name, operator, value = parts["name"].strip(), _OPERATORS[parts["operator"]], parts["value"].strip()
-        with suppress(ValueError):
-            value = json.loads(value, parse_constant=lambda name: name)
-        known = where.get(name, {})
-        if isinstance(known, list) or operator in known or (known and isinstance(value, list)):
-            raise ValueError(f"--filter {condition!r}: there is another condition on {name} that it does not go with")
-        if isinstance(value, list) and operator != "eq":
-            raise ValueError(f"--filter {condition!r}: several values go with = alone")
-        where[name] = value if isinstance(value, list) else {**known, operator: value}
-    return where or None
-
-
 def table(hits: Sequence[Hit]) -> str:
     """Search results for a terminal: rank, score, id, and text with metadata, as wide as the terminal."""
     if not hits:
@@ -563,8 +580,15 @@ def _layout(rows: Sequence[tuple[int, float, list[tuple[str, str]]]]) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    text = _printable(text[: width * (_TEXT_LINES + 1)])
-    return textwrap.wrap(text, width, max_lines=_TEXT_LINES, placeholder=" ...")
+    """A text's lines, each wrapped; the first few of them."""
+    lines = [
+        line
+        for part in text[: width * (_TEXT_LINES + 1)].splitlines()
+        for line in textwrap.wrap(_printable(part), width)
+    ]
+    if len(lines) > _TEXT_LINES:
+        lines = [*lines[: _TEXT_LINES - 1], f"{lines[_TEXT_LINES - 1][: width - 4]} ..."]
+    return lines
 
 
 def _printable(text: str) -> str:

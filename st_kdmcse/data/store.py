@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -264,6 +264,11 @@ class FeatureStore:
     def caption(self, row: int) -> str:
         """The caption of a row."""
         return str(self._value("caption", row))
+
+    def captions(self) -> Iterator[tuple[str, str]]:
+        """Id of the image and caption of each row, in order."""
+        for batch in self._table.select(["image", "caption"]).to_batches(max_chunksize=ROWS_PER_CHUNK):
+            yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
 
     def image_id(self, row: int) -> str:
         """The id of a row's image."""

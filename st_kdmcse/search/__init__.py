@@ -3,6 +3,7 @@
 from st_kdmcse.search.base import Filter, Hit, Metadata, SearchBackend
 from st_kdmcse.search.build import build_index
 from st_kdmcse.search.faiss_backend import FaissBackend
+from st_kdmcse.search.images import index_images, text_to_image_encoder
 from st_kdmcse.search.records import Record, RecordFile
 from st_kdmcse.search.semantic_index import SemanticIndex, UnknownIdError
 
@@ -17,4 +18,6 @@ __all__ = [
     "SemanticIndex",
     "UnknownIdError",
     "build_index",
+    "index_images",
+    "text_to_image_encoder",
 ]

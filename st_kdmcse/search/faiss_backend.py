@@ -186,7 +186,7 @@ class FaissBackend:
             raise ValueError(f"k is {k}, expected at least 1")
         with self._lock:
             allowed = self._allowed(where)
-            count = int(allowed.sum())
+            count = int(np.count_nonzero(allowed))
             hits: list[list[Hit]] = []
             for start in range(0, len(queries), _QUERIES_AT_A_TIME):
                 block = queries[start : start + _QUERIES_AT_A_TIME]

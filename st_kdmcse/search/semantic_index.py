@@ -18,13 +18,16 @@ from st_kdmcse.search.base import Filter, Hit, Metadata, Rows, SearchBackend
 from st_kdmcse.search.encoding import encode_documents, encode_queries
 from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.storage import check_free, is_index, read_index, write_index
+from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, write_folder, write_index
 
 if TYPE_CHECKING:
     from st_kdmcse.search.milvus_backend import MilvusBackend
 
 PROBE = "A dog runs across a field of grass."
 """A sentence whose embedding is kept with an index, to know its model again."""
+
+OWN_MODEL = f"./{ENCODER}"
+"""Name of a model that is saved in the folder of its index."""
 
 _PROBE_COSINE = 0.999  # of one model on two machines, or in batches of different padding
 _Given = TypeVar("_Given")
@@ -53,6 +56,7 @@ class SemanticIndex:
                            probe sentence; dim and rows; index type, how it was tuned and the recall measured; bytes
                            and SHA-256 of each file; versions, date, and a checksum of all that
     ``data-*/``            ``vectors.faiss``, and ``rows.sqlite`` with ids, texts and metadata
+    ``encoder/``           the model, in an index that has its own, such as one of images
     ``lock``               held by a process that writes
     ====================== ==========================================================================================
 
@@ -60,6 +64,8 @@ class SemanticIndex:
         backend: the engine.
         model: that made its embeddings, and encodes queries; its prompts for queries and documents apply.
         model_name: hub name or folder that it was loaded from; None takes what the model knows of that.
+        images: what :func:`~st_kdmcse.search.images.index_images` notes of the images that the rows are; None where
+            they are texts.
 
     Raises:
         ValueError: if the model's embeddings are of another width.
@@ -73,10 +79,18 @@ class SemanticIndex:
             index.save("my-index")
     """
 
-    def __init__(self, backend: SearchBackend, model: SentenceTransformer, model_name: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: SearchBackend,
+        model: SentenceTransformer,
+        model_name: str | None = None,
+        images: Mapping[str, Any] | None = None,
+    ) -> None:
         self.backend = backend
         self.model = model
         self._header = model_header(model, model_name)
+        if images is not None:
+            self._header["images"] = dict(images)
         self._path: Path | None = None
         self._saved: str | None = None
         if model.get_embedding_dimension() != backend.dim:
@@ -269,6 +283,7 @@ class SemanticIndex:
         Raises:
             ValueError: as :meth:`build`; also if an id is there already.
         """
+        self._check_rows_are_texts()
         texts = checked_texts(texts)
         new = [uuid.uuid4().hex for _ in texts] if ids is None else _ids(ids)
         if texts or new:
@@ -294,6 +309,7 @@ class SemanticIndex:
             UnknownIdError: (a ValueError and a KeyError) if an id is not there.
             ValueError: as :meth:`build`.
         """
+        self._check_rows_are_texts()
         texts, known = checked_texts(texts), _ids(ids)
         if texts or known:
             _by_id(self.backend.get, known)
@@ -342,6 +358,9 @@ class SemanticIndex:
         if target is None:
             raise ValueError("the index was never saved: give the folder to save it to")
         same = self._path is not None and target.resolve() == self._path.resolve()
+        if self._header["model"]["name"] == OWN_MODEL and not same:
+            check_free(target)
+            write_folder(target / ENCODER, lambda folder: self.model.save_pretrained(str(folder)))
         self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
         self._path = target
         return target
@@ -354,9 +373,22 @@ class SemanticIndex:
             "path": None if self._path is None else str(self._path),
         }
 
+    @property
+    def images(self) -> Path | None:
+        """Folder of the image files, where the rows are images and it was named when they were indexed."""
+        folder = self._header.get("images", {}).get("folder")
+        return None if folder is None else Path(folder)
+
     def __len__(self) -> int:
         """Number of texts."""
         return len(self.backend)
+
+    def _check_rows_are_texts(self) -> None:
+        if "images" in self._header:
+            raise ValueError(
+                "this is an index of images, which texts cannot be put into: extract features of the new images, and "
+                "index the feature store anew"
+            )
 
     @classmethod
     def _from_rows(
@@ -386,9 +418,9 @@ class SemanticIndex:
         path: Path | None = None,
     ) -> SemanticIndex:
         """An index whose header says what model it belongs to."""
-        model, name = load_named(_named_model(header, place) if model is None else model)
+        model, name = _load_expected(header, place) if model is None else load_named(model)
         _check_model(model, header, place)
-        index = cls(backend, model, header["model"]["name"] or name)
+        index = cls(backend, model, header["model"]["name"] or name, header.get("images"))
         if path is not None:
             index._path, index._saved = path, header["checksum"]
         return index
@@ -470,11 +502,18 @@ def _check_model(model: SentenceTransformer, header: Mapping[str, Any], place: s
         )
 
 
-def _named_model(header: Mapping[str, Any], place: str) -> str:
+def _load_expected(header: Mapping[str, Any], place: str) -> tuple[SentenceTransformer, str | None]:
+    """The model that an index was made with, from where it was then or, with :data:`OWN_MODEL`, from its folder."""
     name = header["model"]["name"]
     if not name:
-        raise ValueError(f"the index {place} does not know the name of its model: give the model")
-    return str(name)
+        raise ValueError(f"the index {place} does not know the name of its model: give the model (--model)")
+    try:
+        return load_named(str(Path(place, ENCODER)) if name == OWN_MODEL else name)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(
+            f"the index {place} was made with the model {name}, which could not be loaded; say where it is now "
+            f"(--model) ({error})"
+        ) from error
 
 
 def _texts_rows(
