@@ -85,3 +85,29 @@ def test_sts_scores_are_those_of_the_cpu(tiny_bert, sentences):
     results = [evaluate_sts(model.to(device), [STSTask("STS12", (pairs,))]) for device in ("cpu", "cuda")]
     torch.testing.assert_close(*(torch.tensor(each.similarities["STS12"]) for each in results), rtol=1e-4, atol=1e-5)
     assert abs(results[0].spearman["STS12"] - results[1].spearman["STS12"]) <= 0.02
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "IVF8,PQ16x4fs,RFlat"])
+def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("FAISS's wheel for CPUs")
+    from st_kdmcse.search.base import Rows
+    from st_kdmcse.search.faiss_backend import FaissBackend
+
+    vectors = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    names = [str(row) for row in range(len(vectors))]
+    rows = Rows.checked(names, names, vectors)
+    backend = FaissBackend.build(Rows.checked(names[:2500], names[:2500], vectors[:2500]), factory)
+
+    def check(count):
+        found = backend.search(rows.embeddings[:50], 10)
+        expected = (rows.embeddings[:50] @ rows.embeddings[:count].T).argsort(axis=1)[:, :-11:-1]
+        assert [[int(hit.id) for hit in hits] for hits in found] == expected.tolist()
+
+    check(2500)
+    assert backend.info()["device"] == "gpu"
+    backend.add(Rows.checked(names[2500:], names[2500:], vectors[2500:]))
+    check(3000)
+    backend.remove(["0"])
+    assert "0" not in {hit.id for hit in backend.search(rows.embeddings[:1], 10)[0]}

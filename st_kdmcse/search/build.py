@@ -24,7 +24,7 @@ from st_kdmcse.data.seen import Seen
 from st_kdmcse.provenance import parameters_checksum, write_json
 from st_kdmcse.search.base import Matrix, Rows
 from st_kdmcse.search.encoding import encode_documents
-from st_kdmcse.search.factory import build_faiss, check_recall_target, held_out_swaps
+from st_kdmcse.search.factory import Reordered, build_faiss, check_recall_target, held_out_swaps
 from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
 from st_kdmcse.search.records import Record
 from st_kdmcse.search.semantic_index import SemanticIndex, model_header
@@ -98,7 +98,7 @@ def build_index(
             _encode(
                 records(), total, lambda texts: encode_documents(model, texts, pool, False), parts, show_progress_bar
             )
-        vectors = _PartVectors(parts, total)
+        vectors = Reordered(_PartVectors(parts, total))
         index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
         write_index(path, FaissBackend(index, parts.table, factory, tuning), model_header(model, model_name))
         del index
@@ -197,16 +197,13 @@ class _Parts:
 
 
 class _PartVectors:
-    """All embeddings in the order of the index, read from the parts as they are needed."""
+    """All embeddings in the order of the records, read from the parts as they are needed."""
 
     def __init__(self, parts: _Parts, rows: int) -> None:
         self.shape = (rows, parts.dim)
         self._parts = parts
-        self._swaps = held_out_swaps(rows)
 
-    def __getitem__(self, rows: Any) -> Matrix:
-        wanted = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else np.asarray(rows)
-        wanted = np.fromiter((self._swaps.get(row, row) for row in wanted.tolist()), dtype=np.int64, count=len(wanted))
+    def __getitem__(self, wanted: npt.NDArray[np.int64]) -> Matrix:
         found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
         numbers = wanted // self._parts.block_rows
         for number in np.unique(numbers).tolist():

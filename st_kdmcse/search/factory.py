@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 EXACT_ROWS = 100_000
 """Below this every row is compared with the query."""
-GRAPH_ROWS = 5_000_000
-"""Below this HNSW; above, building the graph takes too long, and IVF is used."""
 RECALL_AT = 10
 
 _BLOCK = 16_384
@@ -29,7 +27,6 @@ _HELD_OUT = 500
 _TRAINED_PER_LIST = 64
 _TRAINED_AT_LEAST = 65_536
 _PLATEAU = 0.002
-_HNSW_LINKS = 32
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,12 @@ def load_faiss() -> Any:
             'the search index needs FAISS: pip install "st-kdmcse[search]", or on a GPU "st-kdmcse[gpu]" (never both)'
         ) from error
     return faiss
+
+
+def gpus() -> int:
+    """GPUs that FAISS can use: none with the wheel for CPUs."""
+    faiss = load_faiss()
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def choose_factory(rows: int, dim: int, memory_limit: int | None = None) -> Choice:
@@ -168,6 +171,24 @@ def held_out_swaps(rows: int) -> dict[int, int]:
     return dict(pairs) | {there: here for here, there in pairs}
 
 
+class Reordered:
+    """Vectors in the order of :func:`held_out_swaps`, read as they are needed.
+
+    Args:
+        vectors: (n, dim), read by arrays of row numbers.
+    """
+
+    def __init__(self, vectors: Vectors) -> None:
+        self.shape = vectors.shape
+        self.order = np.arange(vectors.shape[0])
+        swaps = held_out_swaps(len(self.order))
+        self.order[list(swaps)] = list(swaps.values())
+        self._vectors = vectors
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
+        return self._vectors[self.order[rows]]
+
+
 def held_out_count(rows: int) -> int:
     """How many rows are queries while an index is tuned: 500, of few rows a tenth."""
     return min(_HELD_OUT, rows // 10)
@@ -223,7 +244,9 @@ def train(index: Any, vectors: Vectors, factory: str, memory_limit: int | None =
     if index.is_trained:
         return
     rows, dim = vectors.shape
-    lists = getattr(load_faiss().try_extract_index_ivf(index), "nlist", 0)
+    faiss = load_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    lists = 0 if ivf is None else int(ivf.nlist)
     wanted = max(_TRAINED_AT_LEAST, _TRAINED_PER_LIST * lists)
     if memory_limit is not None:
         wanted = max(min(wanted, memory_limit // (4 * dim)), 2 * lists, 1024)
@@ -231,6 +254,8 @@ def train(index: Any, vectors: Vectors, factory: str, memory_limit: int | None =
     if wanted < rows:
         sample = np.sort(np.random.default_rng(1).choice(rows, wanted, replace=False))
     logger.info("training %s on %s rows", factory, f"{len(sample):,}")
+    if ivf is not None and gpus():
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
     try:
         index.train(_float(vectors[sample]))
     except RuntimeError as error:
@@ -362,20 +387,23 @@ def _candidates(rows: int, dim: int) -> Iterator[Choice]:
         min(round(math.log2(4 * math.sqrt(rows + 1))), math.log2(max(rows, _TRAINED_PER_LIST) / _TRAINED_PER_LIST))
     )
     ivf = f"IVF{lists}_HNSW32" if lists > 1 << 14 else f"IVF{lists}"
-    small, graph, shared = rows < EXACT_ROWS, rows < GRAPH_ROWS, 4 * dim * lists
+    small, shared = rows < EXACT_ROWS, 4 * dim * lists
     few = f"{rows:,} rows, fewer than {EXACT_ROWS:,}"
     compressed = f"{rows:,} rows whose vectors do not fit into memory whole"
-    links = 8 * _HNSW_LINKS + 32
     if small:
         yield Choice("Flat", 4 * dim * rows, f"{few}: exact search")
         yield Choice("SQfp16", 2 * dim * rows, f"{compressed}: halves, nearly exact")
         yield Choice("SQ8", dim * rows, f"{compressed}: one byte a dimension, scores are approximate")
-    elif graph:
-        yield Choice(f"HNSW{_HNSW_LINKS}", (4 * dim + links) * rows, f"{rows:,} rows: a graph of near neighbours")
-        yield Choice(f"HNSW{_HNSW_LINKS}_SQ8", (dim + links) * rows, f"{compressed}: a graph over one byte a dimension")
     else:
-        yield Choice(f"{ivf},Flat", (4 * dim + 8) * rows + shared, f"{rows:,} rows: lists of near vectors")
-    if not small:
+        for keep, width, reason in (
+            ("RFlat", 4, f"{rows:,} rows: lists of near vectors, scanned by 2-bit codes"),
+            ("Refine(SQfp16)", 2, f"{compressed}: lists scanned by 2-bit codes, then halves, nearly exact"),
+        ):
+            if dim % 2 == 0:
+                memory = (width * dim + dim // 4 + 8) * rows + shared
+                yield Choice(f"{ivf},PQ{dim // 2}x4fs,{keep}", memory, reason)
+        if dim % 2:
+            yield Choice(f"{ivf},Flat", (4 * dim + 8) * rows + shared, f"{rows:,} rows: lists of near vectors")
         yield Choice(f"{ivf},SQ8", (dim + 8) * rows + shared, f"{compressed}: lists of one byte a dimension")
     for width in (2, 4, 8):
         if dim % width == 0 and rows >= 10_000:

@@ -16,18 +16,19 @@ from st_kdmcse.search.base import Filter, Hit, Matrix, Rows
 from st_kdmcse.search.factory import (
     EXACT_ROWS,
     RECALL_AT,
+    Reordered,
     Tuning,
     build_faiss,
     choose_factory,
     effort_name,
     get_effort,
-    held_out_swaps,
     is_exact,
     load_faiss,
     new_index,
     searching,
     train,
 )
+from st_kdmcse.search.gpu import MOST_RESULTS, GpuSearch
 from st_kdmcse.search.table import Positions, Table
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ class FaissBackend:
     fewer (with a filter that lets few rows through, or a large k), it compares with all rows instead. A row that is
     removed or replaced leaves its vector behind, which no search returns; when these are more than the others the
     index is filled anew without them. Calls from several threads take turns.
+
+    On a GPU, with FAISS's wheel for it, searches without a filter compare with all vectors, if the index keeps them
+    whole and they fit into the GPU's memory. Other searches, and those after a removal, run on the CPU.
 
     Scores of an index that compresses (SQ, PQ) are those of the compressed vectors, and approximate.
 
@@ -68,6 +72,7 @@ class FaissBackend:
         self.tuning = tuning
         self._lock = threading.RLock()
         self._filters: dict[str, Selection] = {}
+        self._on_gpu: tuple[int, GpuSearch | None] = (-1, None)
         self._live = np.zeros(index.ntotal, dtype=np.bool_)
         positions = table.all_positions() if len(table) < index.ntotal else np.arange(index.ntotal)
         if len(table) > index.ntotal or (positions.size and positions[-1] >= index.ntotal):
@@ -101,14 +106,11 @@ class FaissBackend:
             show_progress_bar: None shows one in a terminal, once it has taken two seconds.
         """
         factory = chosen_factory(len(rows), rows.embeddings.shape[1], factory, memory_limit)
-        swaps = held_out_swaps(len(rows))
-        order = np.arange(len(rows))
-        order[list(swaps)] = list(swaps.values())
-        vectors = rows.embeddings[order] if swaps else rows.embeddings
+        vectors = Reordered(rows.embeddings)
         index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
         table = Table.temporary()
         with table.transaction():
-            table.insert(np.argsort(order), rows.ids, rows.texts, rows.metadata)
+            table.insert(vectors.order, rows.ids, rows.texts, rows.metadata)  # swaps are their own inverse
         return cls(index, table, factory, tuning)
 
     @property
@@ -217,6 +219,7 @@ class FaissBackend:
             self.table.renumber(live)
             self.index.reset()
             self.index.add(vectors)
+            self._on_gpu = (-1, None)
             self._live = np.ones(len(live), dtype=np.bool_)
             self._filters.clear()
             return True
@@ -233,6 +236,7 @@ class FaissBackend:
             "scores": "exact" if exact_scores(self.factory) else "approximate: the vectors are compressed",
             "recall": None if self.tuning is None else self.tuning.recall,
             "threads": int(load_faiss().omp_get_max_threads()),
+            "device": "gpu" if self._on_gpu[1] else "cpu",  # of the last search
         }
 
     def _append(self, rows: Rows, replaced: bool) -> None:
@@ -287,6 +291,8 @@ class FaissBackend:
         if not k or not len(queries):
             return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
         selector = None
+        if count == len(allowed) and k <= MOST_RESULTS and (gpu := self._gpu()):
+            return gpu.search(queries, k)
         if count < len(allowed):
             selector = load_faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         # Of the rows that the search comes by only this share counts; it was tuned for the ten nearest.
@@ -299,6 +305,13 @@ class FaissBackend:
         if short.size:
             scores[short], found[short] = search_index(self.index, queries[short], k, selector, None)
         return scores, found
+
+    def _gpu(self) -> GpuSearch | None:
+        """The copy on a GPU of as many vectors as there are now, if there can be one."""
+        if self._on_gpu[0] != self.index.ntotal:
+            self._on_gpu = (-1, None)  # the old copy goes before the new one is made
+            self._on_gpu = (int(self.index.ntotal), GpuSearch.of(self.index))
+        return self._on_gpu[1]
 
     def _hits(self, scores: Matrix, found: Positions) -> list[list[Hit]]:
         rows = self.table.rows(np.unique(found[found >= 0]))
@@ -346,9 +359,9 @@ def search_index(
             queries = faiss.downcast_VectorTransform(index.chain.at(number)).apply(queries)
         return search_index(index.index, queries, k, selector, effort)
     if isinstance(index, faiss.IndexRefine):
-        base = faiss.downcast_index(index.base_index)
-        if effort is None and not isinstance(base, faiss.IndexIVF):
+        if effort is None:
             return search_index(index.refine_index, queries, k, selector)
+        base = faiss.downcast_index(index.base_index)
         parameters = faiss.IndexRefineSearchParameters(
             k_factor=index.k_factor, base_index_params=_parameters(base, selector, effort)
         )

@@ -155,7 +155,11 @@ class Table:
         query = f'SELECT position, id, text, metadata FROM "rows" WHERE position IN {_AMONG}'
         with self._lock:
             found = self._database.execute(query, (_json(int(position) for position in positions),)).fetchall()
-        return {position: (key, text, json.loads(metadata)) for position, key, text, metadata in found}
+        nothing = json.dumps({})  # is most often there, and need not be read
+        return {
+            position: (key, text, {} if metadata == nothing else json.loads(metadata))
+            for position, key, text, metadata in found
+        }
 
     def matching(self, where: Filter) -> Positions:
         """Positions of the rows that a filter lets through, ascending.

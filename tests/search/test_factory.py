@@ -15,6 +15,7 @@ from st_kdmcse.search.factory import (
     held_out_swaps,
     new_index,
     size_text,
+    train,
 )
 
 GIB = 1 << 30
@@ -27,12 +28,12 @@ GIB = 1 << 30
         (99_999, None, "Flat"),
         (99_999, 100 << 20, "SQfp16"),
         (99_999, 40 << 20, "SQ8"),
-        (100_000, None, "HNSW32"),
-        (1_000_000, None, "HNSW32"),
-        (1_000_000, GIB, "HNSW32_SQ8"),
+        (100_000, None, "IVF1024,PQ192x4fs,RFlat"),
+        (1_000_000, None, "IVF4096,PQ192x4fs,RFlat"),
+        (1_000_000, GIB, "IVF4096,PQ192x4fs,Refine(SQfp16)"),
         (1_000_000, GIB // 2, "IVF4096,SQ8"),
         (1_000_000, GIB // 4, "IVF4096,PQ192np"),
-        (10_000_000, None, "IVF16384,Flat"),
+        (10_000_000, None, "IVF16384,PQ192x4fs,RFlat"),
         (100_000_000, 12 * GIB, "IVF32768_HNSW32,PQ96np"),
     ],
 )
@@ -43,16 +44,23 @@ def test_choice_by_rows_and_memory(rows, limit, factory):
     assert not new_index(384, factory).ntotal
 
 
-def test_estimated_memory_is_that_of_the_file(tmp_path):
+def test_an_odd_dim_has_no_pairs_to_quantise():
+    assert choose_factory(1_000_000, 301).factory == "IVF4096,Flat"
+    assert choose_factory(1_000_000, 301, GIB // 2).factory == "IVF4096,SQ8"
+
+
+@pytest.mark.parametrize("limit", [None, 80 << 20, 50 << 20, 20 << 20])
+def test_estimated_memory_is_that_of_the_file(limit):
     import faiss
 
-    vectors = unit_rows(np.random.default_rng(0).normal(size=(3000, 64)))
-    for factory in ("HNSW32", "HNSW32_SQ8"):
-        index = new_index(64, factory)
-        index.train(vectors)
-        index.add(vectors)
-        estimate = {"HNSW32": 4 * 64, "HNSW32_SQ8": 64}[factory] * 3000 + 288 * 3000
-        assert estimate == pytest.approx(faiss.serialize_index(index).nbytes, rel=0.1)
+    rows, dim = 100_000, 192
+    choice = choose_factory(rows, dim, limit)
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(rows, dim)))
+    index = new_index(dim, choice.factory)
+    faiss.extract_index_ivf(index).cp.niter = 1
+    train(index, vectors, choice.factory)
+    index.add(vectors)
+    assert choice.memory == pytest.approx(faiss.serialize_index(index).nbytes, rel=0.06)
 
 
 def test_what_does_not_fit_or_exist_is_refused():
@@ -91,7 +99,7 @@ def test_exact_search_in_blocks_equals_one_product():
     assert np.allclose(scores, np.take_along_axis(queries @ vectors.T, found, 1))
 
 
-@pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW8"])
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW8", "IVF64,PQ12x4fs,RFlat"])
 def test_tuning_reaches_the_recall_on_clustered_data_with_no_more_search_than_needed(factory, caplog):
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(100, 24))

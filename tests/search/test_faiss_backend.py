@@ -22,6 +22,8 @@ TYPES = [
     "IVF16,PQ8np",
     "PCA12,HNSW32",
     "IVF16,SQ8,RFlat",
+    "IVF16,PQ8x4fs,RFlat",
+    "IVF16,PQ8x4fs,Refine(SQfp16)",
 ]
 
 
@@ -68,7 +70,7 @@ def test_flat_is_exact_with_scores_texts_and_metadata():
 @pytest.mark.parametrize("factory", TYPES)
 def test_every_type_fills_k_with_filters_and_after_removals(factory):
     backend = FaissBackend.build(ROWS, factory, recall_target=0.99)
-    compressed = 0.5 if "PQ" in factory or "PCA" in factory else 0.9
+    compressed = 0.5 if factory in ("IVF16,PQ8np", "PCA12,HNSW32") else 0.9
     numbers = np.arange(len(ROWS))
     assert recall(ids(backend.search(QUERIES, 10)), nearest(ROWS, QUERIES, 10)) >= compressed
 
@@ -91,7 +93,7 @@ def test_every_type_fills_k_with_filters_and_after_removals(factory):
     assert {hit.id for hit in everything[0]} == set(ROWS.ids) - set(gone)
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF16,Flat"])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF16,Flat", "IVF16,PQ8x4fs,RFlat"])
 def test_compaction_keeps_what_is_there(factory):
     backend = FaissBackend.build(ROWS, factory, recall_target=0.999)
     backend.remove(ROWS.ids[:700])
