@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": ("extraction:inspect", "Show what is in a feature store."),
     "index": ("search:index", "Make a search index of a file of texts, and keep it up to date."),
     "search": ("search:search", "Search an index by meaning."),
+    "serve": ("serve:serve", "Search an index in the browser, on a page that this machine serves."),
     "duplicates": ("search:duplicates", "Find near-duplicate texts in a file."),
 }
 """Where each command is, in ``st_kdmcse.cli``, and what the list of commands says about it."""

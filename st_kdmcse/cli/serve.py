@@ -1,0 +1,71 @@
+"""``st-kdmcse serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.search.semantic_index import SemanticIndex
+from st_kdmcse.search.server import LOCAL_HOSTS, Limits, create_app, is_local, listen
+from st_kdmcse.search.server import serve as serve_app
+
+_DEFAULT = Limits()
+
+
+@click.command(context_settings={"max_content_width": 120})
+@click.argument("address", metavar="DIR")
+@click.option("--model", help="Hub name or folder, if the model is not where the index was made.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Folder of images to show.  [that of the index, if any]"
+)
+@click.option("--image-column", default="image", show_default=True, help="Metadata with a row's file in that folder.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0 is all of them.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--max-k", type=int, default=_DEFAULT.results, show_default=True, help="Results of a search, at most.")
+@click.option(
+    "--max-query",
+    type=int,
+    default=_DEFAULT.query_characters,
+    show_default=True,
+    help="Characters of a query, at most.",
+)
+@click.option(
+    "--rate", type=int, default=_DEFAULT.requests_per_minute, show_default=True, help="Searches of a client per minute."
+)
+def serve(
+    address: str,
+    model: str | None,
+    images: Path | None,
+    image_column: str,
+    host: str,
+    port: int,
+    max_k: int,
+    max_query: int,
+    rate: int,
+) -> None:
+    """Serve a web page that searches the index DIR (a folder, or the address of a Milvus collection), until Ctrl-C.
+
+    Only this machine can open the page, unless --host says otherwise. Queries are not logged.
+
+    \b
+    st-kdmcse serve my-index
+    st-kdmcse serve my-index --images flickr30k-images --port 8080
+    """  # noqa: D301 - click reads the backspace character
+    quiet_libraries()
+    with friendly_errors():
+        limits = Limits(query_characters=max_query, results=max_k, requests_per_minute=rate)
+        with listen(host, port) as listener:
+            hosts = (*LOCAL_HOSTS, host) if is_local(listener) else None
+            index = SemanticIndex.open(address, model)
+            app = create_app(index, images=images, image_column=image_column, limits=limits, hosts=hosts)
+            shown = f"[{host}]" if ":" in host else host
+            click.echo(f"{len(index):,} texts at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
+            if hosts is None:
+                click.echo(
+                    f"warning: other machines can reach {host}, without a password and unencrypted: put a proxy with "
+                    "both before it, or leave --host away",
+                    err=True,
+                )
+            serve_app(app, listener)
