@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from st_kdmcse.heads import HEADS_DIR
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.schedule import ROW_COLUMN, StepRatioBatchSampler
+from st_kdmcse.token_batches import TokenBatches
+
+logger = logging.getLogger(__name__)
 
 
 class KDMCSETrainer(SentenceTransformerTrainer):
@@ -30,6 +34,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
       and ``row``) is drawn as in Algorithm 1, see :class:`~st_kdmcse.schedule.StepRatioBatchSampler`.
     - **Heads** are saved in each checkpoint (folder ``heads``), restored by ``resume_from_checkpoint`` and
       ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
+    - **Sentences** are tokenized once, ahead of training, into a file that is memory-mapped and found again by the next
+      run; where a batch would not be the collator's, the collator makes it.
     - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
 
     Args:
@@ -37,6 +43,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         args: training arguments; their batch samplers give way to the schedule.
         train_dataset: a dataset of sentences or of pairs, or a dictionary of one of each.
         pair_every: every how many steps a pair batch comes; None computes it from the sizes.
+        pretokenize: tokenize once; False leaves it to the collator, batch by batch.
+        token_cache: folder for the tokens; None is ``st_kdmcse`` in the cache of ``datasets`` (``HF_DATASETS_CACHE``).
         kwargs: as for ``SentenceTransformerTrainer``.
 
     Raises:
@@ -53,6 +61,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         train_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
         *,
         pair_every: int | None = None,
+        pretokenize: bool = True,
+        token_cache: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(train_dataset, Dataset):
@@ -61,6 +71,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         for name, dataset in (train_dataset or {}).items():
             _check_columns(name, dataset)
         self.pair_every = pair_every
+        self.pretokenize = pretokenize
+        self.token_cache = token_cache
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
         super().__init__(model, args, train_dataset, **kwargs)
@@ -115,6 +127,27 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             sampler = sampler.batch_sampler
         self._schedule = sampler
         return loader
+
+    def _build_dataloader(self, dataset: Dataset | DatasetDict, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
+        """As in the library; batches of training come from tokens on disk, if they are the same."""
+        loader: DataLoader[Any] = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        if dataset_kind != "train" or not self.pretokenize or not isinstance(dataset, DatasetDict):
+            return loader
+        try:
+            with self.args.main_process_first():
+                batches = TokenBatches.of(list(dataset.values()), self.model, self.data_collator, self.token_cache)
+        except ValueError as error:
+            logger.info("sentences are tokenized batch by batch: %s", error)
+            return loader
+        return DataLoader(
+            batches,
+            batch_sampler=loader.batch_sampler,
+            collate_fn=_as_it_is,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            persistent_workers=loader.persistent_workers,
+            prefetch_factor=loader.prefetch_factor,
+        )
 
     def load_checkpoint(self, checkpoint: str | Path) -> None:
         """Load student and heads of a checkpoint, without the state of training."""
@@ -191,6 +224,10 @@ class _Prepare(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.set_schedule_epoch()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _check_columns(name: str, dataset: Dataset) -> None:

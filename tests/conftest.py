@@ -1,9 +1,14 @@
 """Fixtures that several test modules share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reaches for the network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="st-kdmcse-tests-")  # nor leaves anything in the user's cache
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np

@@ -18,7 +18,7 @@ def sources(sentences, store):
     return DatasetDict(text=Dataset.from_dict({"sentence": sentences[:64]}), pairs=store.dataset())
 
 
-def make_trainer(tiny_bert, output, data, store, wrap=lambda model, loss: loss, **options):
+def make_trainer(tiny_bert, output, data, store, wrap=lambda model, loss: loss, pretokenize=True, **options):
     arguments = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 2,
@@ -41,6 +41,7 @@ def make_trainer(tiny_bert, output, data, store, wrap=lambda model, loss: loss, 
         train_dataset=data,
         loss=wrap(model, loss),
         evaluator=evaluator,
+        pretokenize=pretokenize,
         pair_every=3,
     )
 
@@ -231,3 +232,26 @@ def test_columns_that_would_be_trained_on_as_text_are_refused(tiny_bert, sentenc
     data = Dataset.from_dict({"sentence": sentences[:8], "image_path": ["a.jpg"] * 8, "row": list(range(8))})
     with pytest.raises(ValueError, match="select_columns"):
         make_trainer(tiny_bert, tmp_path, data, store)
+
+
+def test_tokenizing_once_changes_nothing(tiny_bert, sentences, store, tmp_path, caplog):
+    trainers = []
+    with caplog.at_level("INFO", "st_kdmcse"):
+        for once in (True, False):
+            data = sources(sentences, store)
+            trainers.append(make_trainer(tiny_bert, tmp_path / str(once), data, store, pretokenize=once))
+            trainers[-1].train()
+    assert "batch by batch" not in caplog.text
+    loaders = [type(trainer.get_train_dataloader().dataset).__name__ for trainer in trainers]
+    assert loaders == ["TokenBatches", "ConcatDataset"]
+    once, again = map(everything, trainers)
+    assert [name for name in once if not torch.equal(torch.as_tensor(once[name]), torch.as_tensor(again[name]))] == []
+
+
+def test_a_collator_of_ones_own_is_used(tiny_bert, sentences, store, tmp_path, caplog):
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store)
+    trainer.data_collator.prompts = "query: "
+    with caplog.at_level("INFO", "st_kdmcse"):
+        loader = trainer.get_train_dataloader()
+    assert type(loader.dataset).__name__ == "ConcatDataset"
+    assert "sentences are tokenized batch by batch: the collator has prompts" in caplog.text
