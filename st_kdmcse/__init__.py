@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from st_kdmcse.data import FeatureStore, FeatureStoreWriter, import_released_json, read_sentences
     from st_kdmcse.examples import MultimodalInputExample, check_examples
     from st_kdmcse.fit import fit_objectives
-    from st_kdmcse.losses import ArcCSELoss, KDMCSELoss, MCSELoss, SimCSELoss
+    from st_kdmcse.losses import (
+        ArcCSELoss,
+        CachedKDMCSELoss,
+        CachedMCSELoss,
+        CachedSimCSELoss,
+        KDMCSELoss,
+        MCSELoss,
+        SimCSELoss,
+    )
     from st_kdmcse.schedule import StepRatioBatchSampler
     from st_kdmcse.student import build_student
     from st_kdmcse.trainer import KDMCSETrainer
@@ -22,6 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArcCSELoss",
+    "CachedKDMCSELoss",
+    "CachedMCSELoss",
+    "CachedSimCSELoss",
     "FeatureStore",
     "FeatureStoreWriter",
     "KDMCSEConfig",
@@ -48,7 +59,15 @@ _MODULES = {
     "data": ("FeatureStore", "FeatureStoreWriter", "import_released_json", "read_sentences"),
     "examples": ("MultimodalInputExample", "check_examples"),
     "fit": ("fit_objectives",),
-    "losses": ("ArcCSELoss", "KDMCSELoss", "MCSELoss", "SimCSELoss"),
+    "losses": (
+        "ArcCSELoss",
+        "CachedKDMCSELoss",
+        "CachedMCSELoss",
+        "CachedSimCSELoss",
+        "KDMCSELoss",
+        "MCSELoss",
+        "SimCSELoss",
+    ),
     "schedule": ("StepRatioBatchSampler",),
     "student": ("build_student",),
     "trainer": ("KDMCSETrainer",),

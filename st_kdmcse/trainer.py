@@ -149,6 +149,12 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             prefetch_factor=loader.prefetch_factor,
         )
 
+    def save_weights(self, path: str | Path) -> None:
+        """Save student and heads, without the state of training; :meth:`load_checkpoint` reads them."""
+        self.model.save_pretrained(str(path), create_model_card=False)
+        for folder, loss in self._head_paths(path):
+            loss.save_heads(folder)
+
     def load_checkpoint(self, checkpoint: str | Path) -> None:
         """Load student and heads of a checkpoint, without the state of training."""
         self._load_from_checkpoint(str(checkpoint))

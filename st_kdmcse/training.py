@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -21,15 +22,24 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
+from st_kdmcse.data.files import write_folder
 from st_kdmcse.data.sts import STSTask
+from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
-from st_kdmcse.losses import KDMCSELoss, MCSELoss, SimCSELoss
+from st_kdmcse.losses import (
+    CachedKDMCSELoss,
+    CachedMCSELoss,
+    CachedSimCSELoss,
+    KDMCSELoss,
+    MCSELoss,
+    SimCSELoss,
+)
 from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.losses.cached import GradientCaching
 from st_kdmcse.processes import cpu_only, processes
 from st_kdmcse.provenance import device_name, versions, write_json
 from st_kdmcse.student import build_student
@@ -43,6 +53,7 @@ RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
 _FEATURES = "features"
 LAST_NAME = "last"
+_SECONDS_BETWEEN_CHECKPOINTS = 600
 _STATE_FILES = (
     "optimizer.pt",
     "scheduler.pt",
@@ -54,7 +65,17 @@ _STATE_FILES = (
 
 # Options that may differ between a run and its resumption: they do not change what is computed, or (text, features)
 # their content is compared.
-_FREE_TO_CHANGE = {"resume", "report_to", "output_dir", "workers", "text", "features", "extraction", "eval_data"}
+_FREE_TO_CHANGE = {
+    "resume",
+    "report_to",
+    "output_dir",
+    "workers",
+    "text",
+    "features",
+    "extraction",
+    "eval_data",
+    "save_steps",
+}
 
 # Records of runs did not have these checksums once; such a run may still go on.
 _CHECKSUMS_ADDED = {"sts-dev", "sts-test"}
@@ -84,12 +105,16 @@ class TrainingOptions:
         epochs: passes over the larger source.
         max_steps: optimizer steps, instead of epochs.
         batch_size: sentences a step and device; 64, for RoBERTa 128.
+        mini_batch_size: sentences in a forward pass, with gradient caching, for batches that do not fit in memory; None
+            or 0 is without.
         lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
         max_seq_length: tokens after which sentences are cut off.
         pair_every: every how many steps a pair batch comes; computed from the sizes.
         captions_per_image: draw that many captions of each image; all.
         seed: of initialisation, data order and dropout.
-        eval_steps: steps between evaluations on STS-B dev (and checkpoints); 0 evaluates never.
+        eval_steps: steps between evaluations on STS-B dev; 0 evaluates never.
+        save_steps: steps between checkpoints, which a run that was killed goes on from; a single process writes one
+            every ten minutes as well.
         gather_across_devices: use the batches of all devices as negatives.
         bf16: bfloat16 autocast; on where a GPU has it.
         workers: processes that tokenize.
@@ -111,12 +136,14 @@ class TrainingOptions:
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int | None = None
+    mini_batch_size: int | None = None
     lr: float | None = None
     max_seq_length: int = 32
     pair_every: int | None = None
     captions_per_image: int | None = None
     seed: int = 42
     eval_steps: int = 125
+    save_steps: int = 1000
     gather_across_devices: bool = False
     bf16: bool | None = None
     workers: int = 0
@@ -126,12 +153,13 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("epochs", "max_steps", "batch_size", "lr", "captions_per_image"):
+        for name in ("epochs", "max_steps", "batch_size", "lr", "captions_per_image", "save_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.eval_steps < 0 or self.workers < 0:
-            raise ValueError(f"eval_steps and workers must not be negative, got {self.eval_steps} and {self.workers}")
+        for name in ("eval_steps", "workers", "mini_batch_size"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.pair_every is not None and self.pair_every < 2:
             raise ValueError(
                 f"pair_every must be at least 2 (a pair batch at every second step), got {self.pair_every}"
@@ -156,14 +184,15 @@ class TrainingOptions:
         return recipe(**{**self.config, **METHODS[self.method].fixed})
 
 
-Build = Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool], TwoViewLoss]
+Build = Callable[[SentenceTransformer, KDMCSEConfig, FeatureStore | None, bool, int | None], TwoViewLoss]
 
 
 class Method(NamedTuple):
     """A row of the paper's tables.
 
     Attributes:
-        build: makes the loss from student, config, features, and whether to gather across devices.
+        build: makes the loss from student, config, features, whether to gather across devices, and the size of
+            mini-batches, if gradients are to be cached.
         needs_features: whether it learns from a teacher.
         reads: the options of the config that it has.
         fixed: the options that define it.
@@ -175,15 +204,26 @@ class Method(NamedTuple):
     fixed: Mapping[str, Any] = {}
 
 
-def _kdmcse(model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool) -> TwoViewLoss:
-    return KDMCSELoss(model, config, store.dim if store else 512, store, gather)
+def _kdmcse(
+    model: SentenceTransformer,
+    config: KDMCSEConfig,
+    store: FeatureStore | None,
+    gather: bool,
+    mini_batch: int | None = None,
+) -> TwoViewLoss:
+    make = _cached(KDMCSELoss, CachedKDMCSELoss, mini_batch)
+    return make(model, config, store.dim if store else 512, store, gather)
 
 
 def _mcse(use_captions: bool) -> Build:
     def build(
-        model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool
+        model: SentenceTransformer,
+        config: KDMCSEConfig,
+        store: FeatureStore | None,
+        gather: bool,
+        mini_batch: int | None = None,
     ) -> TwoViewLoss:
-        return MCSELoss(
+        return _cached(MCSELoss, CachedMCSELoss, mini_batch)(
             model,
             use_captions=use_captions,
             teacher_dim=store.dim if store else 512,
@@ -195,8 +235,21 @@ def _mcse(use_captions: bool) -> Build:
     return build
 
 
-def _simcse(model: SentenceTransformer, config: KDMCSEConfig, store: FeatureStore | None, gather: bool) -> TwoViewLoss:
-    return SimCSELoss(model, config.text_temperature, config.text_margin, gather)
+def _simcse(
+    model: SentenceTransformer,
+    config: KDMCSEConfig,
+    store: FeatureStore | None,
+    gather: bool,
+    mini_batch: int | None = None,
+) -> TwoViewLoss:
+    make = _cached(SimCSELoss, CachedSimCSELoss, mini_batch)
+    return make(model, config.text_temperature, config.text_margin, gather)
+
+
+def _cached(
+    plain: type[TwoViewLoss], cached: type[GradientCaching], mini_batch: int | None
+) -> Callable[..., TwoViewLoss]:
+    return partial(cached, mini_batch_size=mini_batch) if mini_batch else plain
 
 
 _ALL_OPTIONS = frozenset(option.name for option in fields(KDMCSEConfig))
@@ -244,7 +297,9 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
 
     set_seed(options.seed)
     model = build_student(options.model, options.max_seq_length)
-    loss = METHODS[options.method].build(model, options.loss_config(), inputs.store, options.gather_across_devices)
+    loss = METHODS[options.method].build(
+        model, options.loss_config(), inputs.store, options.gather_across_devices, options.mini_batch_size
+    )
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
     if evaluator and "score_before" not in run and state.is_main_process:
         run["score_before"] = spearman(evaluator, model)
@@ -257,11 +312,14 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         loss=loss,
         evaluator=evaluator,
         pair_every=options.pair_every,
-        callbacks=[stop, _EvaluateAtEnd()],
+        callbacks=[stop, _AtEnd(), _SaveByTime()],
     )
+    best = _KeepBest(options.output_dir / CHECKPOINTS_NAME, trainer) if evaluator else None
+    if best:
+        trainer.add_callback(best)
     started = time.perf_counter()
     with stop.listening():
-        _train_from(trainer, checkpoint, state)
+        _train_from(trainer, checkpoint, best)
     seconds = time.perf_counter() - started
     last = latest_checkpoint(options.output_dir)
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -269,6 +327,8 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     summary: dict[str, Any] = {}
     if state.is_main_process:
         _check_converged(trainer)
+        if best and best.path:
+            trainer.load_checkpoint(best.path)
         trainer.save_model(str(options.output_dir))
         (options.output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
         if evaluator and last is not None:
@@ -415,23 +475,19 @@ def _sts_checksums(*splits: STSPairs | None) -> dict[str, str]:
     return {pairs.name: STSTask("STS-B", (pairs,)).checksum for pairs in splits if pairs is not None}
 
 
-def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, ranks: PartialState) -> None:
+def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, best: _KeepBest | None) -> None:
     """Train, from a checkpoint if there is one; from the last one of a run, which was killed later, do not train."""
     if checkpoint is None:
         trainer.train()
         return
-    file = checkpoint / "trainer_state.json"
-    state = TrainerState.load_from_json(str(file))
-    best = state.best_model_checkpoint and checkpoint.with_name(Path(state.best_model_checkpoint).name)
-    if best and str(best) != state.best_model_checkpoint and ranks.is_main_process:  # the run was moved
-        state.best_model_checkpoint = str(best)
-        state.save_to_json(str(file))
-    ranks.wait_for_everyone()
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
         trainer.state = state
-        trainer.load_checkpoint(best or checkpoint)
+        trainer.load_checkpoint(checkpoint)
+        if best:
+            best.restore(state)
 
 
 def _open_features(options: TrainingOptions, state: PartialState) -> FeatureStore:
@@ -549,24 +605,23 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps if evaluates else None,
         save_strategy="steps",
-        save_steps=options.eval_steps if evaluates else 500,
+        save_steps=options.save_steps,
         save_total_limit=2,
-        load_best_model_at_end=evaluates,
-        metric_for_best_model=METRIC if evaluates else None,
-        greater_is_better=True if evaluates else None,
         logging_steps=25,
+        logging_nan_inf_filter=False,  # it would wait for the device at each step
         report_to=options.report_to,
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},
     )
 
 
-def sts_evaluator(pairs: STSPairs, name: str) -> EmbeddingSimilarityEvaluator:
-    """The stock evaluator of sentence pairs, whose main score is the Spearman correlation of cosines with the gold."""
-    return EmbeddingSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name, batch_size=128)
+def sts_evaluator(pairs: STSPairs, name: str) -> TokenizedSimilarityEvaluator:
+    """The evaluator of sentence pairs, whose main score is the Spearman correlation of cosines with the gold."""
+    return TokenizedSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name, batch_size=128)
 
 
-def spearman(evaluator: EmbeddingSimilarityEvaluator, model: SentenceTransformer) -> float:
+def spearman(evaluator: TokenizedSimilarityEvaluator, model: SentenceTransformer) -> float:
     """The main score of a model, from -1 to 1."""
     return float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])
 
@@ -673,9 +728,72 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
-class _EvaluateAtEnd(TrainerCallback):
-    """Score the last step too, whatever the interval: the last model's score is reported beside the best one's."""
+class _AtEnd(TrainerCallback):
+    """Score and save the last step too, whatever the intervals: the last model is reported beside the best one."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps and args.eval_strategy != "no":
-            control.should_evaluate = True
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = True
+
+
+class _SaveByTime(TrainerCallback):
+    """Checkpoints after some minutes of slow steps; several processes would not agree on the time."""
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size == 1 and time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS:
+            control.should_save = True
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
+
+
+class _KeepBest(TrainerCallback):
+    """Keep student and heads of the best score on STS-B dev, in a folder beside the checkpoints.
+
+    Attributes:
+        path: the folder, ``best-STEP``; None before the first evaluation.
+    """
+
+    def __init__(self, checkpoints: Path, trainer: KDMCSETrainer) -> None:
+        self._checkpoints, self._trainer = checkpoints, trainer
+        self.path: Path | None = None
+        self._score = -math.inf
+
+    def restore(self, state: TrainerState) -> None:
+        """Find what was kept up to the checkpoint of this state; what came after it is to be computed again."""
+        scores = {f"best-{entry['step']}": entry[METRIC] for entry in state.log_history if METRIC in entry}
+        self.path = max(
+            (path for path in self._folders() if path.name in scores), key=lambda path: scores[path.name], default=None
+        )
+        self._score = scores[self.path.name] if self.path else -math.inf
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.restore(state)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Save, if the score is a new best."""
+        if METRIC not in metrics or not metrics[METRIC] > self._score or not state.is_world_process_zero:
+            return
+        path = self._checkpoints / f"best-{state.global_step}"
+        write_folder(path, self._trainer.save_weights)
+        self.path, self._score = path, metrics[METRIC]
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        """Delete earlier bests, which no checkpoint needs any more."""
+        for path in self._folders():
+            if self.path is not None and path != self.path:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self._checkpoints.glob("best-*") if path.name[len("best-") :].isdigit()]

@@ -20,9 +20,9 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 
-from st_kdmcse import FeatureStore, KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student
+from st_kdmcse import CachedKDMCSELoss, FeatureStore, KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student
 
-steps, batch, lr, resume = (float(value) for value in sys.argv[5:9])
+steps, batch, lr, resume, mini_batch = (float(value) for value in sys.argv[5:10])
 set_seed(3 + rank)  # heads that differ between processes must be made equal
 student = build_student(str(folder / "bert")).to("cpu")
 for module in student.modules():
@@ -32,7 +32,11 @@ student[0].auto_model.config.attention_probs_dropout_prob = 0.0
 store = FeatureStore.open(folder / "store")
 sentences = (folder / "sentences.txt").read_text().splitlines()
 config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, remove_same_image=True)
-loss = KDMCSELoss(student, config, teacher_dim=store.dim, features=store, gather_across_devices=True)
+options = {"teacher_dim": store.dim, "features": store, "gather_across_devices": True}
+if mini_batch:
+    loss = CachedKDMCSELoss(student, config, **options, mini_batch_size=int(mini_batch), chunk_rows=int(mini_batch))
+else:
+    loss = KDMCSELoss(student, config, **options)
 if rank == 0:
     loss.load_heads(folder / "heads")
 loss.double()  # the student too: what remains then is an error of the algorithm, not of rounding

@@ -20,10 +20,18 @@ from helpers import WORDS, copy_tree, free_port
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse import FeatureStore
-from st_kdmcse.data import true_pair_score
+from st_kdmcse import FeatureStore, build_student
+from st_kdmcse.data import load_sts_benchmark, true_pair_score
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
-from st_kdmcse.training import METHODS, TrainingOptions, changes_since_start, latest_checkpoint, train
+from st_kdmcse.training import (
+    METHODS,
+    TrainingOptions,
+    changes_since_start,
+    latest_checkpoint,
+    spearman,
+    sts_evaluator,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
@@ -136,6 +144,29 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
     assert isinstance(config["text_threshold"], float)
     assert config["filter_negatives"] is True
     assert config["text_soft_label"] == "image-image"
+
+
+@pytest.mark.parametrize("method", ["kdmcse", "mcse", "simcse"])
+def test_gradient_caching_trains_the_same_model(arguments, tiny_bert, tmp_path, method, sentences):
+    encoder = copy_tree(tiny_bert, tmp_path / "without-dropout")
+    config = json.loads((encoder / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (encoder / "config.json").write_text(json.dumps(config))
+    for name, size in (("plain", 0), ("cached", 3)):
+        flags = {"model": encoder, "method": method, "output-dir": tmp_path / name, "mini-batch-size": size}
+        # Adam makes steps of this size even where a gradient is rounding noise.
+        result = run(arguments(**flags, lr=1e-5))
+        assert result.exit_code == 0, result.output
+    plain, cached = (
+        json.loads((tmp_path / name / "training_summary.json").read_text()) for name in ("plain", "cached")
+    )
+    assert cached["config"]["mini_batch_size"] == 3
+    assert "mini_batch_size" not in plain["config"]
+    before = build_student(str(encoder)).to("cpu").encode(sentences)
+    models = [SentenceTransformer(str(tmp_path / name / "last"), device="cpu") for name in ("plain", "cached")]
+    after, after_cached = (model.encode(sentences) for model in models)
+    assert abs(after - before).max() > 1e-4
+    np.testing.assert_allclose(after_cached, after, rtol=0, atol=1e-5)
 
 
 def test_threshold_sets_both_branches_apart_from_the_one_that_is_given(arguments, tmp_path):
@@ -252,6 +283,7 @@ def damage(path, change):
         (None, {"method": "kdmcse-without-adapacse", "margin": 0.1}, "has no option --margin"),
         (None, {"max-steps": 0}, "max_steps must be positive"),
         (None, {"pair-every": 1}, "at least 2"),
+        (None, {"mini-batch-size": -1}, "mini_batch_size must not be negative"),
         (lambda d: (d / "text.txt").write_bytes(b""), {}, "text.txt"),
         (lambda d: (d / "text.txt").write_bytes(b"fine\ncaf\xe9\n"), {}, "text.txt, line 2"),
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__delitem__(slice(-8, None))), {}, "whole"),
@@ -353,6 +385,33 @@ def test_a_run_that_was_killed_while_finishing_is_finished_by_resuming(arguments
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
+def test_the_best_model_is_kept_between_checkpoints_and_found_by_resuming(arguments, data, tmp_path):
+    """A run that loses steps after its checkpoint ends as one that does not, with the best model of its curve."""
+    flags = {"max-steps": 12, "eval-steps": 1, "save-steps": 5, "lr": "0.003"}
+    assert run(arguments(**flags)).exit_code == 0
+    out, again = tmp_path / "out", tmp_path / "again"
+    summary = json.loads((out / "training_summary.json").read_text())
+    dev = sts_evaluator(load_sts_benchmark(str(data), "dev"), "sts-dev")
+    best = summary["sts_dev_best"]
+    assert spearman(dev, SentenceTransformer(str(out), device="cpu")) == pytest.approx(best["spearman"], abs=1e-9)
+    assert [path.name for path in (out / "checkpoints").glob("best-*")] == [f"best-{best['step']}"]
+    assert sorted(path.name for path in (out / "checkpoints").glob("checkpoint-*")) == [
+        "checkpoint-10",
+        "checkpoint-12",
+    ]
+
+    shutil.copytree(out, again)
+    for lost in ("training_summary.json", "checkpoints/checkpoint-12", "model.safetensors", "last"):
+        shutil.rmtree(again / lost, ignore_errors=True) if (again / lost).is_dir() else (again / lost).unlink()
+    (again / "checkpoints" / "best-11").mkdir()  # of a step that the checkpoint does not know
+    (again / "checkpoints" / "best-11.0f.tmp").mkdir()
+    result = run(arguments(**flags, resume=True, **{"output-dir": again}))
+    assert result.exit_code == 0, result.output
+    after = json.loads((again / "training_summary.json").read_text())
+    assert (after["sts_dev_best"], after["sts_dev_curve"]) == (best, summary["sts_dev_curve"])
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
 def start(arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -373,7 +432,7 @@ def wait_for_checkpoint(process, folder):
 
 
 def test_ctrl_c_and_kill_cost_nothing(arguments, tmp_path):
-    flags = {"max-steps": 240, "eval-steps": 40}
+    flags = {"max-steps": 240, "eval-steps": 40, "save-steps": 40}
     whole = start(arguments(**flags, **{"output-dir": tmp_path / "whole"}))
     assert whole.wait(300) == 0, whole.communicate()[0][-3000:]
     stopped = start(arguments(**flags))

@@ -1,9 +1,11 @@
-"""Small helpers for reading large files: checksums and progress."""
+"""Small helpers for files: checksums, progress, and folders that are whole or not there."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -66,6 +68,24 @@ def progress_bar(total: int | None, description: str, unit: str, show: bool | No
         disable=None if show is None else not show,
         **options,
     )
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Make a folder, which is there under its name when it is whole; one of that name is deleted before.
+
+    Args:
+        path: the folder.
+        write: fills a new one.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+        sync_path(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_path(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,31 +133,66 @@ def encode_distinct_each(
     if not sentences:
         raise ValueError("there are no sentences to encode")
     distinct = list(dict.fromkeys(sentences))
-    lengths = token_counts(model, distinct)
+    batches = token_batches(model, distinct, batch_tokens)
+    with progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress:
+        found = encode_batches(model, batches, len(distinct), read, progress.update)
+    for name, matrix in found.items():
+        _check_finite(name, matrix, distinct, sentences, where)
+    return {name: SentenceEmbeddings(distinct, matrix) for name, matrix in found.items()}
+
+
+Batch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+"""Rows, and what the model takes for them."""
+
+
+def token_batches(
+    model: SentenceTransformer, sentences: Sequence[str], batch_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Tokenized batches of sentences of like length, on the model's device.
+
+    Args:
+        model: any sentence-transformers model, whose default prompt is put before each sentence.
+        sentences: n sentences.
+        batch_tokens: tokens a batch, padding included; 1,024 on a CPU, 16,384 elsewhere.
+    """
+    lengths = token_counts(model, sentences)
     budget = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-    batches = list(length_batches(lengths, budget))
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
+    for rows in length_batches(lengths, budget):
+        features = model.preprocess([sentences[row] for row in rows], prompt=prompt)
+        yield rows, batch_to_device(features, model.device)
+
+
+def encode_batches(
+    model: SentenceTransformer, batches: Iterable[Batch], count: int, read: Read, update: Callable[[int], object]
+) -> dict[str, Matrix]:
+    """Embeddings of the sentences of :func:`token_batches`, with dropout off.
+
+    Args:
+        model: that the batches were made for.
+        batches: of all sentences.
+        count: n, the number of sentences.
+        read: what to take from the model's output.
+        update: is told the number of sentences of each batch when it is done.
+
+    Returns:
+        (n, dimension) float32 by the names that ``read`` gives.
+    """
     found: dict[str, Matrix] = {}
     was_training = model.training
     model.eval()
     try:
-        with (
-            torch.inference_mode(),
-            progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress,
-        ):
-            for rows in batches:
-                features = model.preprocess([distinct[row] for row in rows], prompt=prompt)
-                for name, embeddings in read(model(batch_to_device(features, model.device))).items():
+        with torch.inference_mode():
+            for rows, features in batches:
+                for name, embeddings in read(model(dict(features))).items():
                     embeddings = embeddings[:, : model.truncate_dim]
                     if name not in found:
-                        found[name] = np.empty((len(distinct), embeddings.shape[1]), dtype=np.float32)
+                        found[name] = np.empty((count, embeddings.shape[1]), dtype=np.float32)
                     found[name][rows] = embeddings.float().cpu().numpy()
-                progress.update(len(rows))
+                update(len(rows))
     finally:
         model.train(was_training)
-    for name, matrix in found.items():
-        _check_finite(name, matrix, distinct, sentences, where)
-    return {name: SentenceEmbeddings(distinct, matrix) for name, matrix in found.items()}
+    return found
 
 
 def token_counts(model: SentenceTransformer, sentences: Sequence[str]) -> npt.NDArray[np.int64]:

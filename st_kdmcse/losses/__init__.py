@@ -1,9 +1,21 @@
 """Loss modules for sentence-transformers."""
 
 from st_kdmcse.losses.arccse import ArcCSELoss
+from st_kdmcse.losses.cached_kdmcse import CachedKDMCSELoss
+from st_kdmcse.losses.cached_mcse import CachedMCSELoss
+from st_kdmcse.losses.cached_simcse import CachedSimCSELoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.kdmcse import KDMCSELoss
 from st_kdmcse.losses.mcse import MCSELoss
 from st_kdmcse.losses.simcse import SimCSELoss
 
-__all__ = ["ArcCSELoss", "KDMCSELoss", "LossComponents", "MCSELoss", "SimCSELoss"]
+__all__ = [
+    "ArcCSELoss",
+    "CachedKDMCSELoss",
+    "CachedMCSELoss",
+    "CachedSimCSELoss",
+    "KDMCSELoss",
+    "LossComponents",
+    "MCSELoss",
+    "SimCSELoss",
+]

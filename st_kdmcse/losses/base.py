@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from st_kdmcse.heads import ProjectionHead
 from st_kdmcse.losses.components import LossComponents
 
 Views = tuple[Tensor, Tensor]
+
+Rows = dict[str, Tensor]
+"""What is given for each anchor, by name: tensors with a row for each."""
+
+RowsLoss = Callable[[Rows, int], tuple[Tensor, ...]]
+"""Takes rows and the candidate of the first; returns the mean of a loss over the rows, and counts of something."""
 
 
 def simcse(
@@ -70,8 +76,13 @@ class TwoViewLoss(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} takes one column of sentences, or two views of it; got {len(columns)}"
             )
+        views = self.embed(columns)
+        return self.compute_loss_from_embeddings(views, **self.teacher_batch(labels, views[0].device))
+
+    def embed(self, columns: list[dict[str, Tensor]]) -> Views:
+        """The two views, (N, hidden) each, from two tokenized columns of N sentences."""
         first, second = embed_columns(self.model, columns, separate_first=False)
-        return self.compute_loss_from_embeddings((first, second), **self.teacher_batch(labels, first.device))
+        return first, second
 
     def compute_loss_from_embeddings(
         self,
@@ -91,7 +102,13 @@ class TwoViewLoss(nn.Module):
         Returns:
             The terms, whose sum is the training loss.
         """
-        return LossComponents({"text": self.text_loss(*self.project_text(views))})
+        anchors, candidates, offset = self.project_text(views)
+
+        def text_rows(rows: Rows, offset: int) -> tuple[Tensor, ...]:
+            return (self.text_loss(rows["anchors"], candidates, offset),)
+
+        (term,) = self.over_rows(text_rows, {"anchors": anchors}, offset)
+        return LossComponents({"text": term})
 
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """The text term: (N, hidden) and (M, hidden) head outputs to a scalar."""
@@ -100,6 +117,16 @@ class TwoViewLoss(nn.Module):
     def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
         """What the labels bring for :meth:`compute_loss_from_embeddings`; nothing for a loss without teacher."""
         return {}
+
+    def over_rows(self, rows_loss: RowsLoss, rows: Rows, offset: int) -> tuple[Tensor, ...]:
+        """The mean of a loss over all rows, and the sums of its counts; here all rows are taken at once.
+
+        Args:
+            rows_loss: the loss of some anchors against all candidates.
+            rows: what it needs of each anchor.
+            offset: the candidate of the first anchor.
+        """
+        return rows_loss(rows, offset)
 
     def project_text(self, views: Views) -> tuple[Tensor, Tensor, int]:
         """Text-head outputs of the anchors, of the candidates of all processes, and the first positive's row."""

@@ -43,3 +43,13 @@ KDMCSE = """
     url = {https://arxiv.org/abs/2403.17486},
 }
 """
+
+GRADIENT_CACHE = """
+@inproceedings{gao2021scaling,
+    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author = {Gao, Luyu and Zhang, Yunyi and Han, Jiawei and Callan, Jamie},
+    booktitle = {Proceedings of the 6th Workshop on Representation Learning for NLP (RepL4NLP)},
+    year = {2021},
+    url = {https://arxiv.org/abs/2101.06983},
+}
+"""

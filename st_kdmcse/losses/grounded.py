@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from st_kdmcse import functional
 from st_kdmcse.config import KDMCSEConfig, SoftLabel
 from st_kdmcse.heads import ProjectionHead
-from st_kdmcse.losses.base import TwoViewLoss, Views, simcse
+from st_kdmcse.losses.base import Rows, TwoViewLoss, Views, simcse
 from st_kdmcse.losses.components import LossComponents
 
 if TYPE_CHECKING:
@@ -95,26 +96,25 @@ class GroundedLoss(TwoViewLoss):
             ValueError: if one of the features is missing or has the wrong shape.
         """
         loss = super().compute_loss_from_embeddings(views)
-        local: dict[Modality, Tensor] = {}
+        rows: Rows = {}
         if image_features is not None:
-            local["image"] = image_features
+            rows["image"] = image_features
         if text_features is not None:
-            local["text"] = text_features
-        if not local:
+            rows["text"] = text_features
+        if not rows:
             return loss
-        self._check_features(local, len(views[0]))
-        candidates = {name: self.gather(rows) for name, rows in local.items()}
-        offset = self.offset(views[0])
-        same_image = self._same_image(image_ids, views[0]) if self.config.remove_same_image else None
-        grounded = [self.heads["grounding"](view) for view in views]
+        self._check_features(rows, len(views[0]))
+        if self.config.remove_same_image:
+            rows["image_ids"] = self._image_numbers(image_ids).to(views[0].device)
+        candidates = {name: self.gather(values) for name, values in rows.items()}
+        rows["first"], rows["second"] = (self.heads["grounding"](view) for view in views)
         for modality in self.modalities:
-            keep = self._keep(modality, local, candidates, same_image, offset)
-            soft_labels = self._soft_labels(modality, local, candidates)
             teacher = self.heads[f"teacher_{modality}"](candidates[modality])
-            term = torch.stack([self._adap_acse(view, teacher, soft_labels, keep, offset) for view in grounded]).sum()
+            rows_loss = partial(self._cross_modal, modality, teacher, candidates)
+            term, *removed = self.over_rows(rows_loss, rows, self.offset(views[0]))
             loss[_TERM[modality]] = self._weight * term
-            if keep is not None:
-                loss.metrics[f"{_TERM[modality]}_negatives_removed"] = (~keep).sum()
+            if removed:
+                loss.metrics[f"{_TERM[modality]}_negatives_removed"] = removed[0]
         return loss
 
     def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
@@ -147,6 +147,16 @@ class GroundedLoss(TwoViewLoss):
         modalities = len(self.modalities) if self.config.modality_reduction == "mean" else 1
         return self.config.multimodal_weight / (views * modalities)
 
+    def _cross_modal(
+        self, modality: Modality, teacher: Tensor, candidates: Rows, rows: Rows, offset: int
+    ) -> tuple[Tensor, ...]:
+        """AdapACSE of some anchors, summed over their views, and how many negatives the filter removed, if it is on."""
+        keep = self._keep(modality, rows, candidates, offset)
+        soft_labels = self._soft_labels(modality, rows, candidates)
+        views = [self._adap_acse(rows[view], teacher, soft_labels, keep, offset) for view in ("first", "second")]
+        term = torch.stack(views).sum()
+        return (term,) if keep is None else (term, (~keep).sum())
+
     def _adap_acse(
         self, anchors: Tensor, teacher: Tensor, soft_labels: Tensor, keep: Tensor | None, offset: int
     ) -> Tensor:
@@ -162,61 +172,52 @@ class GroundedLoss(TwoViewLoss):
             positive_offset=offset,
         )
 
-    def _soft_labels(
-        self, modality: Modality, local: dict[Modality, Tensor], candidates: dict[Modality, Tensor]
-    ) -> Tensor:
+    def _soft_labels(self, modality: Modality, rows: Rows, candidates: Rows) -> Tensor:
         if self.config.margin == 0:  # no margin to scale: any matrix of the right shape will do
-            rows = local[modality]
-            return rows.new_zeros(len(rows), len(candidates[modality]))
+            features = rows[modality]
+            return features.new_zeros(len(features), len(candidates[modality]))
         kind = self.config.image_soft_label if modality == "image" else self.config.text_soft_label
-        return functional.cosine_similarity_matrix(*_sides(kind, local, candidates))
+        return functional.cosine_similarity_matrix(*_sides(kind, rows, candidates))
 
-    def _keep(
-        self,
-        modality: Modality,
-        local: dict[Modality, Tensor],
-        candidates: dict[Modality, Tensor],
-        same_image: Tensor | None,
-        offset: int,
-    ) -> Tensor | None:
+    def _keep(self, modality: Modality, rows: Rows, candidates: Rows, offset: int) -> Tensor | None:
         """The (N, M) mask of the pairs that stay, None where nothing is removed."""
         config = self.config
         threshold = config.image_threshold if modality == "image" else config.text_threshold
         keep = None
         if config.filter_negatives and threshold is not None:
             kind = config.image_filter if modality == "image" else config.text_filter
-            anchors, others = _sides(kind, local, candidates)
+            anchors, others = _sides(kind, rows, candidates)
             similarity = _SCORES[config.filter_score]
             keep = functional.threshold_filter(
                 similarity(anchors, others), float(threshold), inclusive=config.filter_inclusive, positive_offset=offset
             )
-        if same_image is not None:
-            other_image = ~same_image | functional.positive_mask(same_image, offset)
+        if config.remove_same_image:
+            other_image = rows["image_ids"].unsqueeze(1) != candidates["image_ids"]
+            other_image |= functional.positive_mask(other_image, offset)
             keep = other_image if keep is None else keep & other_image
         return keep
 
-    def _same_image(self, image_ids: Tensor | Sequence[Hashable] | None, like: Tensor) -> Tensor:
+    def _image_numbers(self, image_ids: Tensor | Sequence[Hashable] | None) -> Tensor:
         if image_ids is None:
             raise ValueError(
                 "remove_same_image needs image_ids: train with row numbers of a feature store, or pass them"
             )
-        if not isinstance(image_ids, Tensor):
-            if self.gathers:
-                raise ValueError("across devices image_ids must be a tensor of integers that mean the same everywhere")
-            number: dict[Hashable, int] = {}
-            image_ids = torch.tensor([number.setdefault(image, len(number)) for image in image_ids])
-        image_ids = image_ids.to(like.device)
-        return image_ids.unsqueeze(1) == self.gather(image_ids)
+        if isinstance(image_ids, Tensor):
+            return image_ids
+        if self.gathers:
+            raise ValueError("across devices image_ids must be a tensor of integers that mean the same everywhere")
+        number: dict[Hashable, int] = {}
+        return torch.tensor([number.setdefault(image, len(number)) for image in image_ids])
 
-    def _check_features(self, features: dict[Modality, Tensor], count: int) -> None:
+    def _check_features(self, features: Rows, count: int) -> None:
         for name in self.modalities:
             if name not in features:
                 raise ValueError(f"{type(self).__name__} needs {name}_features as well")
-        for name, rows in features.items():
-            if rows.shape != (count, self.teacher_dim):
+        for given, values in features.items():
+            if values.shape != (count, self.teacher_dim):
                 raise ValueError(
-                    f"{name}_features must have shape {(count, self.teacher_dim)} (sentences, teacher_dim), "
-                    f"got {tuple(rows.shape)}"
+                    f"{given}_features must have shape {(count, self.teacher_dim)} (sentences, teacher_dim), "
+                    f"got {tuple(values.shape)}"
                 )
 
     def _features_of_rows(self, rows: Tensor, device: torch.device) -> dict[str, Any]:
@@ -237,13 +238,13 @@ class GroundedLoss(TwoViewLoss):
         }
 
 
-def _sides(kind: SoftLabel, local: dict[Modality, Tensor], candidates: dict[Modality, Tensor]) -> tuple[Tensor, Tensor]:
+def _sides(kind: SoftLabel, rows: Rows, candidates: Rows) -> tuple[Tensor, Tensor]:
     """The anchors' and the candidates' features of a soft label such as "text-image"."""
     anchor, candidate = kind.split("-")
     for name in (anchor, candidate):
-        if name not in local:
+        if name not in rows:
             raise ValueError(f"the soft label {kind} needs {name}_features as well")
-    return local[anchor], candidates[candidate]  # type: ignore[index]
+    return rows[anchor], candidates[candidate]
 
 
 def _check_comparisons(config: KDMCSEConfig, modalities: Sequence[Modality], features: FeatureStore) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
+from st_kdmcse.data.files import write_folder
 from st_kdmcse.evaluation.encoding import load_model
 from st_kdmcse.provenance import model_identity
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
@@ -18,7 +19,7 @@ from st_kdmcse.search.base import Filter, Hit, Metadata, Rows, SearchBackend
 from st_kdmcse.search.encoding import encode_documents, encode_queries
 from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, write_folder, write_index
+from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, write_index
 
 if TYPE_CHECKING:
     from st_kdmcse.search.milvus_backend import MilvusBackend

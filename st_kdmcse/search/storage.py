@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -137,21 +137,6 @@ def write_index(
         return str(manifest["checksum"])
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a folder in one step, in the place of one that is there.
-
-    Args:
-        path: the folder.
-        write: fills a new one.
-    """
-    temporary = path.with_name(f"{_FOLDER}{uuid.uuid4().hex}")  # removed with the next index, should this be killed
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
-    sync_path(path.parent)
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a saved index, checked.
 
@@ -229,7 +214,11 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
 
 
 def _ours(path: Path) -> bool:
-    return path.name in (LOCK, MANIFEST, ENCODER) or (path.name.startswith(_FOLDER) and path.is_dir())
+    return (
+        path.name.split(".")[0] == ENCODER
+        or path.name in (LOCK, MANIFEST)
+        or (path.name.startswith(_FOLDER) and path.is_dir())
+    )
 
 
 def _remove_others(path: Path, kept: str) -> None:

@@ -1,0 +1,50 @@
+"""The stock evaluator of sentence pairs, for a model that is scored again and again while it is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+from st_kdmcse.evaluation.encoding import Batch, encode_batches, token_batches
+
+
+class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):
+    """``EmbeddingSimilarityEvaluator`` with the sentences tokenized once, for a model that is evaluated repeatedly.
+
+    Batches are of sentences of like length, so that next to nothing is padded, and stay on the model's device. Scores
+    are those of the stock evaluator up to the rounding of batches of other shapes.
+
+    Args:
+        as for ``EmbeddingSimilarityEvaluator``; with ``precision`` or ``truncate_dim`` it does what that does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._batches: dict[int, list[Batch]] = {}
+        self._made_for: tuple[Any, ...] = ()
+
+    def embed_inputs(
+        self, model: SentenceTransformer, sentences: str | list[str] | npt.NDArray[Any], **kwargs: Any
+    ) -> npt.NDArray[np.float32]:
+        """(n, dimension) embeddings of n sentences.
+
+        Args:
+            model: any sentence-transformers model.
+            sentences: n sentences, of the evaluator.
+            kwargs: for ``model.encode``; with any, that does the work.
+        """
+        if kwargs or self.precision or self.truncate_dim or not isinstance(sentences, list):
+            encoded: npt.NDArray[np.float32] = super().embed_inputs(model, sentences, **kwargs)
+            return encoded
+        made_for = (getattr(model[0], "tokenizer", None), model.max_seq_length, model.device, model.default_prompt_name)
+        if made_for != self._made_for:
+            self._batches, self._made_for = {}, made_for
+        if id(sentences) not in self._batches:
+            self._batches[id(sentences)] = list(token_batches(model, sentences))
+        batches = self._batches[id(sentences)]
+        read = lambda output: {"": output["sentence_embedding"]}  # noqa: E731
+        return encode_batches(model, batches, len(sentences), read, lambda _: None)[""]
