@@ -217,7 +217,10 @@ def interrupt_at():
 
 def test_ctrl_c_and_the_same_command_again(data, tiny_bert, tmp_path, interrupt_at):
     root, command = tmp_path / "root", load_command("evaluation/ablation.py")
-    arguments = [str(root), *flags(data, tiny_bert, max_steps=60, eval_steps=20, methods="simcse", seeds="2")]
+    arguments = [
+        str(root),
+        *flags(data, tiny_bert, max_steps=60, eval_steps=20, save_steps=20, methods="simcse", seeds="2"),
+    ]
     run = root / "simcse/seed-0"
     interrupt_at(run / "checkpoints/checkpoint-20/trainer_state.json")
     first = CliRunner().invoke(command, arguments)
