@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class TokenBatches(torch.utils.data.Dataset[dict[str, Any]]):
         model: SentenceTransformer,
         collator: KDMCSEDataCollator,
         cache_dir: str | Path | None = None,
+        multiple_of: int = 1,
         show_progress_bar: bool | None = None,
     ) -> TokenBatches:
         """Tokenize what was not tokenized before, and compare the first batch of each dataset with the collator's.
@@ -48,6 +49,7 @@ class TokenBatches(torch.utils.data.Dataset[dict[str, Any]]):
             model: the student.
             collator: that it is trained with.
             cache_dir: see :meth:`~st_kdmcse.data.tokens.TokenTable.of`.
+            multiple_of: that the lengths of batches are rounded up to.
             show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
 
         Raises:
@@ -57,7 +59,8 @@ class TokenBatches(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError("the collator is not the usual one")
         if collator.max_length or collator.prompts or collator.router_mapping:
             raise ValueError("the collator has prompts, routes or lengths of its own")
-        return cls([_source(each, model, collator, cache_dir, show_progress_bar) for each in datasets])
+        sources = [_source(each, model, collator, cache_dir, show_progress_bar) for each in datasets]
+        return cls([replace(source, multiple_of=multiple_of) for source in sources])
 
     def __len__(self) -> int:
         """Number of sentences."""
@@ -84,6 +87,7 @@ class _Source:
         labels: (n,) row numbers, or None.
         constant: what is the same in each batch.
         zeros: names of tensors that are zero all over, such as token types.
+        multiple_of: that the lengths of batches are rounded up to.
     """
 
     tokens: TokenTable
@@ -92,9 +96,10 @@ class _Source:
     labels: npt.NDArray[np.int64] | None
     constant: dict[str, Any]
     zeros: tuple[str, ...]
+    multiple_of: int = 1
 
     def batch(self, rows: npt.NDArray[np.int64]) -> dict[str, Any]:
-        ids, mask = self.tokens.batch(rows, self.padding)
+        ids, mask = self.tokens.batch(rows, self.padding, self.multiple_of)
         batch = {**self.constant, f"{self.column}_input_ids": ids, f"{self.column}_attention_mask": mask}
         batch.update((name, torch.zeros_like(ids)) for name in self.zeros)
         if self.labels is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict
@@ -44,6 +45,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         train_dataset: a dataset of sentences or of pairs, or a dictionary of one of each.
         pair_every: every how many steps a pair batch comes; None computes it from the sizes.
         pretokenize: tokenize once; False leaves it to the collator, batch by batch.
+        pad_to_multiple_of: lengths of batches are rounded up to multiples of this many tokens, so that a compiled model
+            meets few shapes; only with ``pretokenize``.
         token_cache: folder for the tokens; None is ``st_kdmcse`` in the cache of ``datasets`` (``HF_DATASETS_CACHE``).
         kwargs: as for ``SentenceTransformerTrainer``.
 
@@ -62,6 +65,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         *,
         pair_every: int | None = None,
         pretokenize: bool = True,
+        pad_to_multiple_of: int = 1,
         token_cache: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -72,6 +76,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             _check_columns(name, dataset)
         self.pair_every = pair_every
         self.pretokenize = pretokenize
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.token_cache = token_cache
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
@@ -121,12 +126,27 @@ class KDMCSETrainer(SentenceTransformerTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in the library; remembers the schedule under what accelerate wraps around it."""
+        self._check_rows()
         loader: DataLoader[Any] = super().get_train_dataloader()
         sampler: Any = loader.batch_sampler
         while not isinstance(sampler, StepRatioBatchSampler):
             sampler = sampler.batch_sampler
         self._schedule = sampler
         return loader
+
+    def _check_rows(self) -> None:
+        """Refuse rows that the features do not have: on a GPU, where they are gathered, nothing could name them."""
+        features = [getattr(loss, "features", None) for loss in self.head_losses]
+        limit = min((len(store) for store in features if store is not None), default=None)
+        for name, dataset in (self.train_dataset or {}).items():
+            if limit is not None and ROW_COLUMN in dataset.column_names:
+                rows = np.asarray(dataset.with_format("numpy").select_columns([ROW_COLUMN])[:][ROW_COLUMN])
+                bad = np.flatnonzero((rows < 0) | (rows >= limit))
+                if bad.size:
+                    raise ValueError(
+                        f"dataset {name!r}, example {bad[0]}: row {rows[bad[0]]} is not one of the {limit:,} of the "
+                        "feature store: give the dataset of that store"
+                    )
 
     def _build_dataloader(self, dataset: Dataset | DatasetDict, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
         """As in the library; batches of training come from tokens on disk, if they are the same."""
@@ -135,7 +155,9 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             return loader
         try:
             with self.args.main_process_first():
-                batches = TokenBatches.of(list(dataset.values()), self.model, self.data_collator, self.token_cache)
+                batches = TokenBatches.of(
+                    list(dataset.values()), self.model, self.data_collator, self.token_cache, self.pad_to_multiple_of
+                )
         except ValueError as error:
             logger.info("sentences are tokenized batch by batch: %s", error)
             return loader

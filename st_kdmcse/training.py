@@ -116,6 +116,7 @@ class TrainingOptions:
         save_steps: steps between checkpoints, which a run that was killed goes on from; a single process writes one
             every ten minutes as well.
         gather_across_devices: use the batches of all devices as negatives.
+        compile: compile the student with torch.compile, and round the lengths of batches up to multiples of 8 tokens.
         bf16: bfloat16 autocast; on where a GPU has it.
         workers: processes that tokenize.
         report_to: where the Trainer reports: "none", "tensorboard", "wandb", ...
@@ -145,6 +146,7 @@ class TrainingOptions:
     eval_steps: int = 125
     save_steps: int = 1000
     gather_across_devices: bool = False
+    compile: bool = False
     bf16: bool | None = None
     workers: int = 0
     report_to: str = "none"
@@ -312,6 +314,7 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         loss=loss,
         evaluator=evaluator,
         pair_every=options.pair_every,
+        pad_to_multiple_of=8 if options.compile else 1,
         callbacks=[stop, _AtEnd(), _SaveByTime()],
     )
     best = _KeepBest(options.output_dir / CHECKPOINTS_NAME, trainer) if evaluator else None
@@ -600,6 +603,7 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=(cuda and torch.cuda.is_bf16_supported()) if options.bf16 is None else options.bf16,
+        torch_compile=options.compile,
         seed=options.seed,
         use_cpu=cpu_only(),
         eval_strategy="steps" if evaluates else "no",

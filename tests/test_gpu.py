@@ -41,6 +41,19 @@ def test_training_and_resuming(tiny_bert, sentences, store, tmp_path, bf16):
     assert all(entry["loss"] > 0 for entry in whole.state.log_history if "loss" in entry)
 
 
+def test_features_on_the_device_are_those_of_the_store(tiny_bert, sentences, store):
+    model = build_student(str(tiny_bert)).to("cuda").eval()
+    loss = KDMCSELoss(model, teacher_dim=store.dim, features=store)
+    features = [
+        {name: value.to("cuda") for name, value in model.preprocess(sentences[:8]).items() if name != "modality"}
+    ]
+    rows = torch.arange(5, 45, 5, device="cuda")
+    values = []
+    for loss.keep_features_on_device in (True, False):
+        values.append(loss([dict(features[0])], rows).total.item())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
 def test_the_device_computes_what_the_cpu_computes():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(64, 256, generator=generator) for _ in range(2))
@@ -111,3 +124,16 @@ def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
     check(3000)
     backend.remove(["0"])
     assert "0" not in {hit.id for hit in backend.search(rows.embeddings[:1], 10)[0]}
+
+
+def test_a_compiled_run_learns_what_a_plain_one_does(tiny_bert, sentences, store, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        trainer = make_trainer(tiny_bert, sentences, store, tmp_path / str(compiled), torch_compile=compiled)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.model[0].auto_model.config.attention_probs_dropout_prob = 0.0
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -18,7 +18,9 @@ def sources(sentences, store):
     return DatasetDict(text=Dataset.from_dict({"sentence": sentences[:64]}), pairs=store.dataset())
 
 
-def make_trainer(tiny_bert, output, data, store, wrap=lambda model, loss: loss, pretokenize=True, **options):
+def make_trainer(
+    tiny_bert, output, data, store, wrap=lambda model, loss: loss, pretokenize=True, multiple=1, **options
+):
     arguments = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 2,
@@ -42,6 +44,7 @@ def make_trainer(tiny_bert, output, data, store, wrap=lambda model, loss: loss, 
         loss=wrap(model, loss),
         evaluator=evaluator,
         pretokenize=pretokenize,
+        pad_to_multiple_of=multiple,
         pair_every=3,
     )
 
@@ -255,3 +258,28 @@ def test_a_collator_of_ones_own_is_used(tiny_bert, sentences, store, tmp_path, c
         loader = trainer.get_train_dataloader()
     assert type(loader.dataset).__name__ == "ConcatDataset"
     assert "sentences are tokenized batch by batch: the collator has prompts" in caplog.text
+
+
+def test_padding_to_multiples_changes_only_rounding(tiny_bert, sentences, store, tmp_path):
+    trainers = []
+    for multiple in (1, 16):
+        data = sources(sentences, store)
+        trainer = make_trainer(tiny_bert, tmp_path / str(multiple), data, store, multiple=multiple, learning_rate=1e-5)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.model[0].auto_model.config.attention_probs_dropout_prob = 0.0
+        trainer.train()
+        trainers.append(trainer)
+    (ids,) = {batch["sentence_input_ids"].shape[1] for batch in trainers[1].get_train_dataloader()}
+    assert ids == 16
+    for name, value in trainers[0].model.state_dict().items():
+        torch.testing.assert_close(trainers[1].model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_the_store_does_not_have_are_named(tiny_bert, sentences, store, tmp_path):
+    data = sources(sentences, store)
+    data["pairs"] = Dataset.from_dict({"sentence": ["a", "b"] * 8, "row": [0] * 15 + [len(store)]})
+    trainer = make_trainer(tiny_bert, tmp_path, data, store)
+    with pytest.raises(ValueError, match=r"'pairs', example 15: row 72 is not one of the 72 of the feature store"):
+        trainer.train()

@@ -261,6 +261,11 @@ class FeatureStore:
         """(rows,) int64: the row of :attr:`image_features` that belongs to each caption."""
         return self._row_numbers[0]
 
+    @property
+    def text_rows(self) -> Rows:
+        """(rows,) int64: the row of :attr:`text_features` that belongs to each caption."""
+        return self._row_numbers[1]
+
     def caption(self, row: int) -> str:
         """The caption of a row."""
         return str(self._value("caption", row))

@@ -105,19 +105,22 @@ class TokenTable:
     def __reduce__(self) -> tuple[type[TokenTable], tuple[Path]]:
         return TokenTable, (self.path,)
 
-    def batch(self, rows: Sequence[int] | npt.NDArray[np.int64], padding: int) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, rows: Sequence[int] | npt.NDArray[np.int64], padding: int, multiple_of: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask of some sentences, padded on the right to the longest of them.
 
         Args:
             rows: b numbers of sentences.
             padding: the token that fills up.
+            multiple_of: that the length is rounded up to.
 
         Returns:
             (b, length) int64 each.
         """
         starts = self._offsets[np.asarray(rows)]
         lengths = self._offsets[np.asarray(rows) + 1] - starts
-        columns = np.arange(int(lengths.max()))
+        columns = np.arange(-(-int(lengths.max()) // multiple_of) * multiple_of)
         mask = columns < lengths[:, None]
         ids = np.full(mask.shape, padding, dtype=np.int64)
         ids[mask] = self._tokens[(starts[:, None] + columns)[mask]]

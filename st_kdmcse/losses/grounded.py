@@ -18,6 +18,7 @@ from st_kdmcse.losses.base import Rows, TwoViewLoss, Views, simcse
 from st_kdmcse.losses.components import LossComponents
 
 if TYPE_CHECKING:
+    from st_kdmcse.data.resident import ResidentFeatures
     from st_kdmcse.data.store import FeatureStore
 
 Modality = Literal["image", "text"]
@@ -40,6 +41,9 @@ class GroundedLoss(TwoViewLoss):
         gather_across_devices: use the batches of all processes as candidates.
     """
 
+    keep_features_on_device = True
+    """Copy the store to a GPU that has room for it, and gather batches there."""
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -61,6 +65,7 @@ class GroundedLoss(TwoViewLoss):
         self.modalities = tuple(modalities)
         self.teacher_dim = teacher_dim
         self.features = features
+        self._resident: tuple[torch.device, ResidentFeatures | None] | None = None
         self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
         for modality in self.modalities:
             self.heads[f"teacher_{modality}"] = ProjectionHead(teacher_dim, config.projection_dim)
@@ -230,12 +235,25 @@ class GroundedLoss(TwoViewLoss):
             raise ValueError(
                 f"the labels are row numbers, and {type(self).__name__} has no feature store: pass features=store"
             )
-        batch = self.features.gather(rows.cpu())
-        return {
-            "image_features": torch.from_numpy(batch.image_features).to(device, non_blocking=True),
-            "text_features": torch.from_numpy(batch.text_features).to(device, non_blocking=True),
-            "image_ids": torch.from_numpy(batch.image_rows).to(device, non_blocking=True),
-        }
+        if resident := self._resident_features(device):
+            images, texts, image_ids = resident.gather(rows)
+        else:
+            batch = self.features.gather(rows.cpu())
+            images, texts, image_ids = (
+                torch.from_numpy(array).to(device, non_blocking=True)
+                for array in (batch.image_features, batch.text_features, batch.image_rows)
+            )
+        return {"image_features": images, "text_features": texts, "image_ids": image_ids}
+
+    def _resident_features(self, device: torch.device) -> ResidentFeatures | None:
+        """The copy of the features on a device; it is made, or found not to fit, at the first batch there."""
+        if not self.keep_features_on_device or self.features is None:
+            return None
+        if self._resident is None or self._resident[0] != device:
+            from st_kdmcse.data.resident import ResidentFeatures
+
+            self._resident = device, ResidentFeatures.fitting(self.features, device)
+        return self._resident[1]
 
 
 def _sides(kind: SoftLabel, rows: Rows, candidates: Rows) -> tuple[Tensor, Tensor]:

@@ -75,3 +75,14 @@ def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match="cannot be written to .*cache"):
         make()
+
+
+def test_lengths_are_rounded_up(make, student):
+    table = make()
+    ids, mask = table.batch([0, 1, 2], 0)
+    wider, wider_mask = table.batch([0, 1, 2], 0, multiple_of=7)
+    assert wider.shape[1] == wider_mask.shape[1] == -(-ids.shape[1] // 7) * 7 > ids.shape[1]
+    assert torch.equal(wider[:, : ids.shape[1]], ids)
+    assert torch.equal(wider_mask[:, : ids.shape[1]], mask)
+    assert not wider_mask[:, ids.shape[1] :].any()
+    assert not wider[:, ids.shape[1] :].any()
