@@ -254,6 +254,7 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         timeout_graceful_shutdown=_GRACE,
     )
     uvicorn.Server(config).run(sockets=[listener])
+    raise KeyboardInterrupt  # uvicorn raises none in a process that was started with Ctrl-C ignored, as by nohup
 
 
 class RateLimit:
