@@ -120,6 +120,8 @@ def _source(
         raise ValueError("the tokenizer fills up on the left")
     some = [dataset[row] for row in range(min(_COMPARED, len(dataset)))]
     wanted = collator(some)
+    if not {f"{column}_input_ids", f"{column}_attention_mask"} <= wanted.keys():
+        raise ValueError(f"its batches hold {', '.join(sorted(wanted))}")  # such as flattened ones, of flash attention
     zeros = tuple(name for name, value in wanted.items() if _is_zero(value) and name.startswith(f"{column}_"))
     labels = None
     if ROW_COLUMN in dataset.column_names:

@@ -47,3 +47,9 @@ def test_another_collator_is_left_alone(student, datasets, tmp_path):
 
     with pytest.raises(ValueError, match="not the usual one"):
         TokenBatches.of(datasets, student, Other(student.preprocess), tmp_path)
+
+
+def test_batches_without_a_mask_are_left_to_the_collator(student, datasets, tmp_path):
+    student[0].tokenizer.model_input_names = ["input_ids"]
+    with pytest.raises(ValueError, match="its batches hold sentence_input_ids"):
+        TokenBatches.of(datasets, student, collator(student), tmp_path)
