@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reac
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="st-kdmcse-tests-")  # nor leaves anything in the user's cache
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Tests send Ctrl-C to themselves and to processes of theirs; what was started in the background may ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
