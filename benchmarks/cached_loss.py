@@ -21,6 +21,7 @@ from tqdm import tqdm
 from training_step import TEACHER_DIM, random_sentences, random_student  # type: ignore[import-not-found]
 
 from st_kdmcse import CachedKDMCSELoss, KDMCSELoss
+from st_kdmcse.processes import memory_mib
 from st_kdmcse.provenance import check_output, device_name, versions, write_json
 
 
@@ -112,9 +113,7 @@ def peak_mib(device: str) -> float:
     """Peak memory of this process so far."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage: its peak begins with the size of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return memory_mib()
 
 
 def ratios(plain: dict[str, float] | None, cached: dict[str, float] | None) -> dict[str, float] | None:

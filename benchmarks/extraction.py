@@ -35,6 +35,7 @@ from tqdm import trange
 from st_kdmcse.data import CaptionsCSV
 from st_kdmcse.extraction import extract
 from st_kdmcse.extraction.options import default_workers
+from st_kdmcse.processes import memory_mib
 from st_kdmcse.teachers import OpenCLIPTeacher
 
 CAPTIONS = 5
@@ -214,12 +215,10 @@ def process_peak(folder: Path, captions: Path, batch_size: int, workers: int) ->
     started = time.perf_counter()
     extract(reader, teacher, captions.parent / "features", workers=workers, show_progress_bar=True)
     seconds = time.perf_counter() - started
-    # Not getrusage: its peak begins with the size of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    peak = memory_mib()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
-        "process_mib": round(peak / 2**10, 1),
+        "process_mib": round(peak, 1),
         "largest_worker_mib": round(children / 2**10, 1),
         "seconds": round(seconds, 1),
     }

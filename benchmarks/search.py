@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,8 @@ from tqdm import tqdm
 from st_kdmcse.data import FlickrTokens, iter_sentences
 from st_kdmcse.demo.run import minilm_folder
 from st_kdmcse.evaluation.encoding import encode_distinct, load_model
-from st_kdmcse.provenance import provenance, write_json
+from st_kdmcse.processes import memory_mib
+from st_kdmcse.provenance import check_output, provenance, write_json
 from st_kdmcse.search import FaissBackend
 from st_kdmcse.search.base import Rows, unit_rows
 from st_kdmcse.search.factory import load_faiss
@@ -64,6 +65,7 @@ def main(
     output: Path | None,
 ) -> None:
     """Measure queries a second, recall, build time, memory and file size of each index."""
+    check_output(output)
     with tempfile.TemporaryDirectory() as name:
         folder = cache or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,12 +181,6 @@ def timed(run: Callable[[], Any]) -> float:
         run()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
-
-
-def memory_mib(name: str) -> float:
-    """Resident memory of this process, now (VmRSS) or at most (VmHWM); Linux."""
-    lines: Sequence[str] = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
 if __name__ == "__main__":

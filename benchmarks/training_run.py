@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from transformers import (
 from st_kdmcse import FeatureStore, KDMCSELoss, KDMCSETrainer, read_sentences
 from st_kdmcse.data import STSPairs, load_sts_benchmark
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator
-from st_kdmcse.provenance import provenance, write_json
+from st_kdmcse.processes import memory_mib
+from st_kdmcse.provenance import check_output, provenance, write_json
 
 CONTESTANTS = (
     "st_kdmcse",
@@ -97,6 +98,7 @@ class Settings:
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(tokenizer: str | None, rounds: int, only: tuple[str, ...], output: Path | None, **options: Any) -> None:
     """Measure steps and tokens a second, use of the hardware, times by phase, and peak memory."""
+    check_output(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in CONTESTANTS if name in only or not only]
     if device == "cpu":
@@ -111,7 +113,7 @@ def main(tokenizer: str | None, rounds: int, only: tuple[str, ...], output: Path
                 tqdm.write(f"{name}: {json.dumps(runs[name][-1])}")
         phases = {name: in_a_process(contest, name, settings, profile=True)["phases"] for name in names}
     result = {
-        "settings": {**settings.__dict__, "folder": None},
+        "settings": named(settings),
         "contestants": summary(runs, phases),
         "matrix_product_tflops": {kind: round(measured_tflops(device, kind), 3) for kind in kinds(device)},
         **provenance(),
@@ -119,6 +121,14 @@ def main(tokenizer: str | None, rounds: int, only: tuple[str, ...], output: Path
     click.echo(json.dumps(result, indent=2))
     if output:
         write_json(output, result)
+
+
+def named(settings: Settings) -> dict[str, Any]:
+    """The settings for the result, with the names of files and folders and not where they are."""
+    shown = {**asdict(settings), "folder": None}
+    for name in ("tokenizer", "text", "features", "eval_data"):
+        shown[name] = shown[name] and Path(shown[name]).name
+    return shown
 
 
 def summary(runs: Mapping[str, list[dict[str, Any]]], phases: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,7 +369,7 @@ class Clock(TrainerCallback):
             "model_tflops_real_tokens": round(flops * real, 4),
             "model_tflops_padded_tokens": round(flops * padded, 4),
             "seconds_to_first_step": round(self._first_step, 1),
-            "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20 if self._cuda else peak_memory_mib()),
+            "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20 if self._cuda else memory_mib()),
             "phases": {name: round(1000 * value / self._steps, 2) for name, value in self._phases.items()},
         }
 
@@ -406,12 +416,6 @@ def minilm() -> str:
     from st_kdmcse.demo.run import minilm_folder
 
     return minilm_folder()
-
-
-def peak_memory_mib() -> float:
-    """Peak resident memory of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 if __name__ == "__main__":

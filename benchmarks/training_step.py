@@ -30,6 +30,7 @@ from tqdm import trange
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from st_kdmcse import KDMCSELoss, build_student
+from st_kdmcse.processes import memory_mib
 
 Step = Callable[[], None]
 TEACHER_DIM = 512
@@ -99,9 +100,7 @@ def process_peak(name: str, model: str | None, layers: int, hidden: int, batches
     step = make_step(name, make_student(model, layers, hidden, "cpu"), batches)
     for _ in batches:
         step()
-    # Not getrusage: its peak begins with the size of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return round(memory_mib() * 2**20)
 
 
 def measure(step: Step, device: str) -> tuple[float, int]:

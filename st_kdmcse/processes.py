@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
 
@@ -14,3 +16,10 @@ def cpu_only() -> bool:
 def processes() -> PartialState:
     """This process among those that ``torchrun`` started: its number, its device, and a barrier."""
     return PartialState(cpu=cpu_only())
+
+
+def memory_mib(entry: str = "VmHWM") -> float:
+    """Resident memory of this process in MiB, at most so far (VmHWM) or now (VmRSS); Linux only."""
+    # Not getrusage: its peak begins with the size of the process that started this one.
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 2**10
