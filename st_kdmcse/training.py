@@ -622,7 +622,7 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
 
 def sts_evaluator(pairs: STSPairs, name: str) -> TokenizedSimilarityEvaluator:
     """The evaluator of sentence pairs, whose main score is the Spearman correlation of cosines with the gold."""
-    return TokenizedSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name, batch_size=128)
+    return TokenizedSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name)
 
 
 def spearman(evaluator: TokenizedSimilarityEvaluator, model: SentenceTransformer) -> float:

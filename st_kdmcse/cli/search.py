@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import click
 import pyarrow as pa
-from tqdm import tqdm
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.evaluation.encoding import load_model
 from st_kdmcse.heads import HEADS_DIR
@@ -461,7 +461,7 @@ def _say_what_was_skipped(records: RecordFile) -> None:
 def _chunks(records: Iterable[Record], total: int, done: int = 0) -> Iterator[list[Record]]:
     """Records from number ``done`` on, some at a time, with a progress bar."""
     remaining = islice(records, done, None)
-    with tqdm(total=total, initial=done, desc="Encoding", unit="text", delay=2, disable=None) as progress:
+    with progress_bar(total, "Encoding", "text", initial=done) as progress:
         while chunk := list(islice(remaining, _ADDED_AT_A_TIME)):
             yield chunk
             progress.update(len(chunk))
@@ -515,7 +515,7 @@ def _results(
     opened: SemanticIndex, records: RecordFile, total: int, k: int, where: Filter | None, out: Path
 ) -> Iterator[dict[str, Any]]:
     queries = iter(records)
-    with tqdm(total=total, desc="Searching", unit="query", delay=2, disable=None) as progress:
+    with progress_bar(total, "Searching", "query") as progress:
         while chunk := list(islice(queries, _QUERIES_AT_A_TIME)):
             for record, hits in zip(chunk, opened.search(_texts(chunk), k, where), strict=True):
                 for rank, hit in enumerate(hits, start=1):

@@ -58,7 +58,7 @@ def progress_bar(total: int | None, description: str, unit: str, show: bool | No
         description: what is going on.
         unit: what is counted.
         show: whether to show the bar; None follows the rule.
-        options: further ones of tqdm.
+        options: further ones of tqdm, such as an iterable to go through.
     """
     return tqdm(
         total=total,
@@ -70,19 +70,25 @@ def progress_bar(total: int | None, description: str, unit: str, show: bool | No
     )
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Make a folder, which is there under its name when it is whole; one of that name is deleted before.
+def write_folder(path: Path, write: Callable[[Path], object], keep_existing: bool = False) -> None:
+    """Make a folder, which is there under its name when it is whole.
 
     Args:
         path: the folder.
         write: fills a new one.
+        keep_existing: where there is one already, as when another process was faster, keep that and not the new one.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
+        if not keep_existing:
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if not (keep_existing and path.is_dir()):
+                raise
         sync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_kdmcse.data.layout import Array, Rows
 from st_kdmcse.data.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,7 @@ class ResidentFeatures:
     def __init__(self, store: FeatureStore, device: torch.device) -> None:
         self.device = device
         self._images, self._texts, self._image_rows, self._text_rows = (
-            torch.from_numpy(np.array(array)).to(device)
-            for array in (store.image_features, store.text_features, store.image_rows, store.text_rows)
+            torch.from_numpy(np.array(array)).to(device) for array in _arrays(store)
         )
 
     @classmethod
@@ -35,8 +35,7 @@ class ResidentFeatures:
         """The copy on a GPU, if it takes no more than a quarter of the memory that is free there; else None."""
         if device.type != "cuda":
             return None
-        arrays = (store.image_features, store.text_features, store.image_rows, store.text_rows)
-        size = sum(array.nbytes for array in arrays)
+        size = sum(array.nbytes for array in _arrays(store))
         free, _ = torch.cuda.mem_get_info(device)
         if size > _SHARE_OF_FREE_MEMORY * free:
             logger.info("teacher features of %.1f GiB stay on disk, and are copied batch by batch", size / 2**30)
@@ -55,3 +54,7 @@ class ResidentFeatures:
         rows = rows.to(self.device, non_blocking=True)
         image_rows = self._image_rows[rows]
         return self._images[image_rows], self._texts[self._text_rows[rows]], image_rows
+
+
+def _arrays(store: FeatureStore) -> tuple[Array, Array, Rows, Rows]:
+    return store.image_features, store.text_features, store.image_rows, store.text_rows

@@ -6,9 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from datasets import Dataset
 from datasets import config as datasets_config
 from torch import Tensor
 
-from st_kdmcse.data.files import progress_bar
+from st_kdmcse.data.files import progress_bar, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +83,15 @@ class TokenTable:
             except ValueError:
                 logger.warning("%s is damaged and is written again", path)
                 shutil.rmtree(path, ignore_errors=True)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.mkdir(parents=True)
+
+        def write(folder: Path) -> None:
             with progress_bar(len(dataset), "Tokenizing", "sentence", show_progress_bar) as progress:
-                _write(temporary, _sentences(dataset, column), preprocess, len(tokenizer), progress.update)
-            with suppress(OSError):  # another process was faster
-                temporary.replace(path)
+                _write(folder, _sentences(dataset, column), preprocess, len(tokenizer), progress.update)
+
+        try:
+            write_folder(path, write, keep_existing=True)
         except OSError as error:
             raise ValueError(f"tokens cannot be written to {path.parent}: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return cls(path)
 
     def __len__(self) -> int:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from tqdm import trange
+
+from st_kdmcse.data.files import progress_bar
 
 Array = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -154,14 +155,8 @@ def bootstrap_scores(
     if not tasks:
         raise ValueError("there is no task to resample")
     found = np.empty((len(tasks[0][0]), replicates))
-    for start in trange(
-        0,
-        replicates,
-        _REPLICATES_AT_A_TIME,
-        desc="Bootstrap",
-        delay=2 if show_progress_bar is None else 0,
-        disable=None if show_progress_bar is None else not show_progress_bar,
-    ):
+    starts = range(0, replicates, _REPLICATES_AT_A_TIME)
+    for start in progress_bar(None, "Bootstrap", "it", show_progress_bar, iterable=starts):
         size = min(_REPLICATES_AT_A_TIME, replicates - start)
         parts = []
         for task, scores in tasks:

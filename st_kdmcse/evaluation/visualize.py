@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device, semantic_search
-from tqdm import tqdm
 
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.evaluation.encoding import encode_distinct
 from st_kdmcse.evaluation.plots import COLORS, MARKERS, elided, new_figure
 
@@ -113,13 +113,7 @@ def dropout_copies(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            for _ in tqdm(
-                range(repeats),
-                desc="Encoding",
-                unit="copy",
-                delay=2 if show_progress_bar is None else 0,
-                disable=None if show_progress_bar is None else not show_progress_bar,
-            ):
+            for _ in progress_bar(repeats, "Encoding", "copy", show_progress_bar, iterable=range(repeats)):
                 batches = (list(sentences[start : start + _BATCH]) for start in range(0, len(sentences), _BATCH))
                 copies.append([_embed(model, batch) for batch in batches])
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.data.files import progress_bar
-from st_kdmcse.evaluation.encoding import BATCH_TOKENS, length_batches, token_counts
+from st_kdmcse.evaluation.encoding import BATCH_TOKENS, SentenceEmbeddings, length_batches, token_counts
 from st_kdmcse.search.base import Matrix
 
 
@@ -74,5 +74,4 @@ def _encode(
             f"the model's embedding of {distinct[bad[0]][:200]!r} is not finite: its weights are damaged, or training "
             "has diverged"
         )
-    row = {text: number for number, text in enumerate(distinct)}
-    return matrix[[row[text] for text in texts]]
+    return SentenceEmbeddings(distinct, matrix)(texts)

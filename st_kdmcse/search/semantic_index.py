@@ -122,7 +122,7 @@ class SemanticIndex:
             ids: n ids, each once; None gives "0", "1", ...
             metadata: n mappings of plain values.
             factory: FAISS's name of an index type; None chooses by rows, dim and memory and logs which: exact search
-                below 100,000 rows, above HNSW or IVF, compressed where vectors do not fit.
+                below 100,000 rows, above lists of near vectors, compressed where vectors do not fit.
             recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
             memory_limit: bytes for the vectors.
             path: folder to save to; None saves nothing.

@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Literal, TypeGuard
 
 import numpy as np
-from tqdm import tqdm
 
+from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.images import FileSlice, ImageSource
 from st_kdmcse.data.seen import Seen
 
@@ -231,15 +231,9 @@ class ImageCaptionReader(ABC):
         reader = copy.copy(self)
         reader.problems = Problems("skip")
         images = captions = 0
-        progress = tqdm(
-            reader.records(),
-            desc="Checking the data set",
-            unit=" images",
-            total=None if self.num_images is None else len(self),
-            delay=2 if show_progress_bar is None else 0,
-            disable=None if show_progress_bar is None else not show_progress_bar,
-        )
-        for record in progress:
+        total = None if self.num_images is None else len(self)
+        checked = progress_bar(total, "Checking the data set", " images", show_progress_bar, iterable=reader.records())
+        for record in checked:
             images += 1
             captions += len(record.captions)
         return ReaderSummary(images, captions, reader.problems)
@@ -318,7 +312,7 @@ class ImageCaptionReader(ABC):
         reader.limit, reader.problems = None, Problems("skip")
         smallest = np.empty(0, dtype=np.uint64)
         pending: list[int] = []
-        progress = tqdm(reader._unique(), desc="Drawing a subset", unit=" images", delay=2, disable=None)
+        progress = progress_bar(None, "Drawing a subset", " images", iterable=reader._unique())
         for record in progress:
             pending.append(self._hash(record.image_id))
             if len(pending) >= max(limit, 65_536):
