@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import torch
 from tqdm import tqdm
-from training_step import TEACHER_DIM, random_sentences, random_student  # type: ignore[import-not-found]
+from training_step import TEACHER_DIM, random_sentences, random_student
 
 from st_kdmcse import CachedKDMCSELoss, KDMCSELoss
 from st_kdmcse.processes import memory_mib

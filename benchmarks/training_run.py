@@ -45,15 +45,34 @@ from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator
 from st_kdmcse.processes import memory_mib
 from st_kdmcse.provenance import check_output, provenance, write_json
 
-CONTESTANTS = (
-    "st_kdmcse",
-    "st_kdmcse, compiled",
-    "st_kdmcse, features on disk",
-    "st_kdmcse, tokenized by step",
-    "stock trainer",
-    "stock trainer, bf16",
-    "research style",
-)
+
+@dataclass(frozen=True)
+class Options:
+    """What of our own training is on; None is what a user gets without asking."""
+
+    unpad: bool | None = None
+    pretokenize: bool = True
+    tokenized_evaluator: bool = True
+    features_on_device: bool = True
+    bf16: bool = True
+    compile_mode: str | None = None
+
+
+OURS = {
+    "st_kdmcse": Options(),
+    "st_kdmcse, padded": Options(unpad=False),
+    "st_kdmcse, unpadded": Options(unpad=True),
+    "st_kdmcse, tokenized by step": Options(pretokenize=False),
+    "st_kdmcse, stock evaluator": Options(tokenized_evaluator=False),
+    "st_kdmcse, features on disk": Options(features_on_device=False),
+    "st_kdmcse, float32": Options(bf16=False),
+    "st_kdmcse, compiled": Options(compile_mode="default"),
+    "st_kdmcse, CUDA graphs": Options(compile_mode="reduce-overhead"),
+    "st_kdmcse, none of it": Options(False, False, False, False, bf16=False),
+}
+CONTESTANTS = (*OURS, "stock trainer", "stock trainer, bf16", "research style")
+# Half precision is about a hundred times slower on a CPU, features stay on disk and padding is left out there anyway.
+CUDA_ONLY = ("unpadded", "on disk", "float32", "compiled", "graphs", "bf16")
 PHASES = ("data", "forward", "backward", "optimizer", "evaluation")
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 
@@ -102,8 +121,7 @@ def main(tokenizer: str | None, rounds: int, only: tuple[str, ...], output: Path
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in CONTESTANTS if name in only or not only]
     if device == "cpu":
-        # Half precision is about a hundred times slower there, and features stay on disk anyway.
-        names = [name for name in names if not name.endswith(("bf16", "compiled", "on disk")) or name in only]
+        names = [name for name in names if not name.endswith(CUDA_ONLY) or name in only]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(tokenizer=tokenizer or minilm(), device=device, folder=folder, **options)
@@ -154,7 +172,7 @@ def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any, **opt
 def contest(name: str, settings: Settings, profile: bool, started: float) -> dict[str, Any]:
     """One run of a contestant."""
     set_seed(0)
-    model = make_student(settings)
+    model = make_student(settings.encoder, settings.tokenizer, settings.layers, settings.hidden).to(settings.device)
     clock = Clock(settings, started, profile)
     clock.count_tokens(model)
     dev = load_sts_benchmark(settings.eval_data, "dev") if settings.eval_data else None
@@ -167,30 +185,30 @@ def contest(name: str, settings: Settings, profile: bool, started: float) -> dic
     return clock.result(model)
 
 
-def make_student(settings: Settings) -> SentenceTransformer:
+def make_student(encoder: str, tokenizer_name: str, layers: int, hidden: int) -> SentenceTransformer:
     """BERT or RoBERTa of the given size with random weights; its dropout is that of the published models."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     sizes = {
         "vocab_size": len(tokenizer),
-        "hidden_size": settings.hidden,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": max(1, settings.hidden // 64),
-        "intermediate_size": 4 * settings.hidden,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // 64),
+        "intermediate_size": 4 * hidden,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config: PreTrainedConfig = BertConfig(**sizes) if settings.encoder == "bert" else RobertaConfig(**sizes)
+    config: PreTrainedConfig = BertConfig(**sizes) if encoder == "bert" else RobertaConfig(**sizes)
     with tempfile.TemporaryDirectory() as folder:
         AutoModel.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         transformer = Transformer(folder, max_seq_length=32)
-    return SentenceTransformer(modules=[transformer, Pooling(settings.hidden, "cls")], device=settings.device)
+    return SentenceTransformer(modules=[transformer, Pooling(hidden, "cls")])
 
 
 def make_trainer(
     name: str, model: SentenceTransformer, dev: STSPairs | None, settings: Settings, clock: Clock
 ) -> SentenceTransformerTrainer:
     """The trainer of a contestant: ours as `train` sets it up, or the stock one at its defaults."""
-    ours = name.startswith("st_kdmcse")
+    ours = OURS.get(name)
     cuda = settings.device == "cuda"
     arguments = SentenceTransformerTrainingArguments(
         output_dir=settings.folder,
@@ -198,8 +216,9 @@ def make_trainer(
         per_device_train_batch_size=settings.batch_size,
         learning_rate=3e-5,
         lr_scheduler_type="linear",
-        bf16=cuda and name != "stock trainer",
-        torch_compile=name.endswith("compiled"),
+        bf16=cuda and (ours.bf16 if ours else name.endswith("bf16")),
+        torch_compile=bool(ours and ours.compile_mode),
+        torch_compile_mode=ours.compile_mode if ours else None,
         seed=0,
         eval_strategy="steps" if dev else "no",
         eval_steps=settings.eval_steps,
@@ -212,8 +231,7 @@ def make_trainer(
             else {}
         ),
     )
-    by_step = name.endswith("by step")  # as it was before sentences were tokenized once
-    kind = TokenizedSimilarityEvaluator if ours and not by_step else EmbeddingSimilarityEvaluator
+    kind = TokenizedSimilarityEvaluator if ours and ours.tokenized_evaluator else EmbeddingSimilarityEvaluator
     evaluator = kind(dev.sentences1, dev.sentences2, dev.scores, name="sts-dev") if dev else None
     texts = read_sentences(settings.text)
     if not ours:
@@ -222,7 +240,7 @@ def make_trainer(
         return SentenceTransformerTrainer(model, arguments, both, loss=loss, evaluator=evaluator, callbacks=[clock])
     store = FeatureStore.open(settings.features)
     grounded = KDMCSELoss(model, teacher_dim=store.dim, features=store)
-    grounded.keep_features_on_device = not by_step and not name.endswith("on disk")
+    grounded.keep_features_on_device = ours.features_on_device
     return KDMCSETrainer(
         model,
         arguments,
@@ -231,8 +249,9 @@ def make_trainer(
         evaluator=evaluator,
         callbacks=[clock],
         pair_every=settings.pair_every,
-        pretokenize=not by_step,
-        pad_to_multiple_of=8 if name.endswith("compiled") else 1,
+        pretokenize=ours.pretokenize,
+        pad_to_multiple_of=8 if ours.compile_mode else 1,
+        unpad=ours.unpad,
         token_cache=settings.folder,
     )
 
@@ -327,14 +346,18 @@ class Clock(TrainerCallback):
             self._steps = step - self._settings.warmup
 
     def count_tokens(self, model: SentenceTransformer) -> None:
-        """Count the tokens that the encoder sees in training."""
+        """Count the tokens that go in, and those that the encoder computes, in training."""
 
-        def count(module: Any, arguments: tuple[dict[str, Tensor], ...]) -> None:
+        def count_real(module: Any, arguments: tuple[dict[str, Tensor], ...]) -> None:
             if module.training:
                 self._real += arguments[0]["attention_mask"].sum()
-                self._padded += arguments[0]["attention_mask"].numel()
 
-        model[0].register_forward_pre_hook(count)
+        def count_computed(module: Any, arguments: tuple[Tensor, ...]) -> None:
+            if module.training:
+                self._padded += arguments[0].numel()
+
+        model[0].register_forward_pre_hook(count_real)
+        model[0].auto_model.get_input_embeddings().register_forward_pre_hook(count_computed)
 
     def watch(self, trainer: Any) -> None:
         """Have a trainer tell when its phases are over."""

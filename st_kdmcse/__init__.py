@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from st_kdmcse.schedule import StepRatioBatchSampler
     from st_kdmcse.student import build_student
     from st_kdmcse.trainer import KDMCSETrainer
+    from st_kdmcse.unpadding import unpadded
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "functional",
     "import_released_json",
     "read_sentences",
+    "unpadded",
 ]
 
 _MODULES = {
@@ -71,6 +73,7 @@ _MODULES = {
     "schedule": ("StepRatioBatchSampler",),
     "student": ("build_student",),
     "trainer": ("KDMCSETrainer",),
+    "unpadding": ("unpadded",),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 
 import torch
@@ -15,7 +16,10 @@ def cpu_only() -> bool:
 
 def processes() -> PartialState:
     """This process among those that ``torchrun`` started: its number, its device, and a barrier."""
-    return PartialState(cpu=cpu_only())
+    state = PartialState(cpu=cpu_only())
+    if state.use_distributed:
+        atexit.register(state.destroy_process_group)  # threads that outlive the interpreter would abort the process
+    return state
 
 
 def memory_mib(entry: str = "VmHWM") -> float:

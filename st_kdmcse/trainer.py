@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import TrainOutput
 
 from st_kdmcse.collator import KDMCSEDataCollator
 from st_kdmcse.heads import HEADS_DIR
@@ -24,6 +26,7 @@ from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.schedule import ROW_COLUMN, StepRatioBatchSampler
 from st_kdmcse.token_batches import TokenBatches
+from st_kdmcse.unpadding import unchecked_masks, unpadded
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
       ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
     - **Sentences** are tokenized once, ahead of training, into a file that is memory-mapped and found again by the next
       run; where a batch would not be the collator's, the collator makes it.
+    - **Padding** is left out of what the student computes, where its encoder allows that, see
+      :func:`~st_kdmcse.unpadding.unpadded`.
     - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
 
     Args:
@@ -47,11 +52,13 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         pretokenize: tokenize once; False leaves it to the collator, batch by batch.
         pad_to_multiple_of: lengths of batches are rounded up to multiples of this many tokens, so that a compiled model
             meets few shapes; only with ``pretokenize``.
+        unpad: leave padding out; None does so on a CPU, unless the student is compiled or cannot.
         token_cache: folder for the tokens; None is ``st_kdmcse`` in the cache of ``datasets`` (``HF_DATASETS_CACHE``).
         kwargs: as for ``SentenceTransformerTrainer``.
 
     Raises:
-        ValueError: if a dataset has other columns than one of text and optionally ``row``.
+        ValueError: if a dataset has other columns than one of text and optionally ``row``; by ``train``, if padding
+            cannot be left out and ``unpad`` is True.
     """
 
     data_collator_class = KDMCSEDataCollator
@@ -66,6 +73,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         pair_every: int | None = None,
         pretokenize: bool = True,
         pad_to_multiple_of: int = 1,
+        unpad: bool | None = None,
         token_cache: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +85,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         self.pair_every = pair_every
         self.pretokenize = pretokenize
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.unpad = unpad
         self.token_cache = token_cache
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
@@ -170,6 +179,30 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             persistent_workers=loader.persistent_workers,
             prefetch_factor=loader.prefetch_factor,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in the library; padding is left out of what the student computes, if it may be."""
+        with self._quick_attention():
+            output: TrainOutput = super().train(*args, **kwargs)
+        return output
+
+    @contextmanager
+    def _quick_attention(self) -> Iterator[None]:
+        compiled = self.args.torch_compile
+        if self.unpad and compiled:
+            raise ValueError(
+                "unpad and torch_compile exclude each other: batches without padding have no static shapes"
+            )
+        unpad = self.model.device.type == "cpu" and not compiled if self.unpad is None else self.unpad
+        with ExitStack() as stack:
+            try:
+                if not compiled:
+                    stack.enter_context((unpadded if unpad else unchecked_masks)(self.model))
+            except ValueError as error:
+                if self.unpad:
+                    raise
+                logger.info("padding is computed and looked for at each step: %s", error)
+            yield
 
     def save_weights(self, path: str | Path) -> None:
         """Save student and heads, without the state of training; :meth:`load_checkpoint` reads them."""

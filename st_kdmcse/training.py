@@ -117,6 +117,7 @@ class TrainingOptions:
             every ten minutes as well.
         gather_across_devices: use the batches of all devices as negatives.
         compile: compile the student with torch.compile, and round the lengths of batches up to multiples of 8 tokens.
+        unpad: leave padding out of what the student computes; on on a CPU, unless it is compiled.
         bf16: bfloat16 autocast; on where a GPU has it.
         workers: processes that tokenize.
         report_to: where the Trainer reports: "none", "tensorboard", "wandb", ...
@@ -147,6 +148,7 @@ class TrainingOptions:
     save_steps: int = 1000
     gather_across_devices: bool = False
     compile: bool = False
+    unpad: bool | None = None
     bf16: bool | None = None
     workers: int = 0
     report_to: str = "none"
@@ -178,6 +180,8 @@ class TrainingOptions:
             raise ValueError("there is nothing to train on: give --text FILE, --features STORE, or both")
         if self.bf16 and not torch.cuda.is_available():
             raise ValueError("bf16 needs a GPU; on a CPU it is about 100 times slower than float32")
+        if self.compile and self.unpad:
+            raise ValueError("compile and unpad exclude each other: batches without padding have no static shapes")
         self.loss_config()
 
     def loss_config(self) -> KDMCSEConfig:
@@ -315,6 +319,7 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         evaluator=evaluator,
         pair_every=options.pair_every,
         pad_to_multiple_of=8 if options.compile else 1,
+        unpad=options.unpad,
         callbacks=[stop, _AtEnd(), _SaveByTime()],
     )
     best = _KeepBest(options.output_dir / CHECKPOINTS_NAME, trainer) if evaluator else None

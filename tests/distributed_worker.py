@@ -76,3 +76,4 @@ torch.save(
     },
     folder / f"result-{world}-{rank}.pt",
 )
+trainer.accelerator.state.destroy_process_group()  # threads that outlive the interpreter would abort the process

@@ -1,5 +1,7 @@
 """What only a CUDA device shows: run with `pytest -m gpu`."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -14,7 +16,7 @@ from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def make_trainer(tiny_bert, sentences, store, output, **options):
+def make_trainer(tiny_bert, sentences, store, output, unpad=None, **options):
     torch.manual_seed(0)
     model = build_student(str(tiny_bert)).to("cuda")
     config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, remove_same_image=True)
@@ -25,6 +27,7 @@ def make_trainer(tiny_bert, sentences, store, output, **options):
         train_dataset=DatasetDict(text=Dataset.from_dict({"sentence": sentences}), pairs=store.dataset()),
         loss=KDMCSELoss(model, config, teacher_dim=store.dim, features=store),
         pair_every=2,
+        unpad=unpad,
     )
 
 
@@ -130,10 +133,45 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tiny_bert, sentences, store
     losses = []
     for compiled in (False, True):
         trainer = make_trainer(tiny_bert, sentences, store, tmp_path / str(compiled), torch_compile=compiled)
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        trainer.model[0].auto_model.config.attention_probs_dropout_prob = 0.0
+        without_dropout(trainer.model)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_step_waits_for_the_device(tiny_bert, sentences, store, tmp_path, bf16):
+    counts = []
+    for steps in (6, 12):
+        options = {"max_steps": steps, "logging_steps": 100, "save_strategy": "no", "logging_nan_inf_filter": False}
+        options["accelerator_config"] = {"non_blocking": True}
+        trainer = make_trainer(tiny_bert, sentences, store, tmp_path / str(steps), bf16=bf16, **options)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_without_padding_the_losses_are_the_same(tiny_bert, sentences, store, tmp_path, bf16):
+    words = " ".join(sentences).split()
+    uneven = [" ".join(words[start : start + 1 + start % 12]) for start in range(80)]
+    losses = []
+    for unpad in (False, True):
+        trainer = make_trainer(tiny_bert, uneven, store, tmp_path / str(unpad), bf16=bf16, unpad=unpad)
+        without_dropout(trainer.model)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model[0].auto_model.config.attention_probs_dropout_prob = 0.0

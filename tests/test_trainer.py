@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
 from st_kdmcse import KDMCSEConfig, KDMCSEDataCollator, KDMCSELoss, KDMCSETrainer, SimCSELoss, build_student
@@ -19,7 +20,7 @@ def sources(sentences, store):
 
 
 def make_trainer(
-    tiny_bert, output, data, store, wrap=lambda model, loss: loss, pretokenize=True, multiple=1, **options
+    tiny_bert, output, data, store, wrap=lambda model, loss: loss, pretokenize=True, multiple=1, unpad=None, **options
 ):
     arguments = {
         "per_device_train_batch_size": 8,
@@ -45,6 +46,7 @@ def make_trainer(
         evaluator=evaluator,
         pretokenize=pretokenize,
         pad_to_multiple_of=multiple,
+        unpad=unpad,
         pair_every=3,
     )
 
@@ -264,7 +266,9 @@ def test_padding_to_multiples_changes_only_rounding(tiny_bert, sentences, store,
     trainers = []
     for multiple in (1, 16):
         data = sources(sentences, store)
-        trainer = make_trainer(tiny_bert, tmp_path / str(multiple), data, store, multiple=multiple, learning_rate=1e-5)
+        trainer = make_trainer(
+            tiny_bert, tmp_path / str(multiple), data, store, multiple=multiple, unpad=False, learning_rate=1e-5
+        )
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -283,3 +287,29 @@ def test_rows_that_the_store_does_not_have_are_named(tiny_bert, sentences, store
     trainer = make_trainer(tiny_bert, tmp_path, data, store)
     with pytest.raises(ValueError, match=r"'pairs', example 15: row 72 is not one of the 72 of the feature store"):
         trainer.train()
+
+
+def test_no_step_asks_for_the_value_of_a_tensor(tiny_bert, sentences, store, tmp_path):
+    # Each such question would have a GPU finish what it was given before it is given more.
+    counts = []
+    for steps in (4, 12):
+        data = sources(sentences, store)
+        options = {"max_steps": steps, "logging_steps": 100, "save_strategy": "no", "logging_nan_inf_filter": False}
+        trainer = make_trainer(tiny_bert, tmp_path / str(steps), data, store, unpad=False, **options)
+        with _Questions() as questions:
+            trainer.train()
+        counts.append(questions.count)
+    assert counts[0] == counts[1]
+    assert counts[0] > 0  # the mean loss, at the end
+
+
+class _Questions(TorchDispatchMode):
+    """Counts operations that hand a value of a tensor to Python, or whose result has a size that depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))

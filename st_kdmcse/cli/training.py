@@ -152,6 +152,7 @@ def training_options(command: Command, output_dir: Path) -> Command:
             ),
             click.option("--gather-across-devices", is_flag=True, help="Negatives from the batches of all devices."),
             click.option("--compile", is_flag=True, help="Compile the student: worth it for long runs on a GPU."),
+            click.option("--unpad/--no-unpad", default=None, help="Do not compute padding.  [on a CPU]"),
             click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.  [where a GPU has it]"),
             click.option(
                 "--workers", type=int, default=default.workers, show_default=True, help="Tokenizing processes."
