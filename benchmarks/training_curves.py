@@ -40,7 +40,7 @@ PLAIN, FAST, BF16 = "plain", "fast", "fast, bf16"
 @click.option("--steps", default=200, show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--pair-every", default=4, show_default=True)
-@click.option("--seeds", default=3, show_default=True, help="Runs with dropout.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs with dropout.")
 @click.option("--bf16/--no-bf16", default=torch.cuda.is_available(), help="Whether to run bfloat16.  [on a GPU]")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(seeds: int, bf16: bool, output: Path | None, **settings: Any) -> None:

@@ -316,7 +316,7 @@ class Clock(TrainerCallback):
         self._cuda = settings.device == "cuda"
         self._phases = dict.fromkeys(PHASES, 0.0)
         self._real = torch.zeros((), dtype=torch.long, device=settings.device)
-        self._padded = 0
+        self._computed = 0
         self._mark = self._since = time.perf_counter()
         self._first_step = self._seconds = 0.0
         self._steps = 0
@@ -340,7 +340,7 @@ class Clock(TrainerCallback):
         if step == self._settings.warmup:
             self._since = self._mark = self._now()
             self._phases = dict.fromkeys(PHASES, 0.0)
-            self._real, self._padded = torch.zeros_like(self._real), 0
+            self._real, self._computed = torch.zeros_like(self._real), 0
         if step == self._settings.steps:
             self._seconds = self._now() - self._since
             self._steps = step - self._settings.warmup
@@ -354,7 +354,7 @@ class Clock(TrainerCallback):
 
         def count_computed(module: Any, arguments: tuple[Tensor, ...]) -> None:
             if module.training:
-                self._padded += arguments[0].numel()
+                self._computed += arguments[0].numel()
 
         model[0].register_forward_pre_hook(count_real)
         model[0].auto_model.get_input_embeddings().register_forward_pre_hook(count_computed)
@@ -382,15 +382,15 @@ class Clock(TrainerCallback):
 
     def result(self, model: SentenceTransformer) -> dict[str, Any]:
         """Figures of the steps after the first ones."""
-        real, padded = int(self._real), self._padded
+        real, computed = int(self._real), self._computed
         layers = sum(value.numel() for name, value in model.named_parameters() if "embeddings." not in name)
         flops = 6 * layers / self._seconds / 1e12
         return {
             "steps_per_second": round(self._steps / self._seconds, 3),
             "real_tokens_per_second": round(real / self._seconds),
-            "padded_share": round(1 - real / max(padded, 1), 4),
+            "padding_share": round(1 - real / max(computed, 1), 4),
             "model_tflops_real_tokens": round(flops * real, 4),
-            "model_tflops_padded_tokens": round(flops * padded, 4),
+            "model_tflops_computed_tokens": round(flops * computed, 4),
             "seconds_to_first_step": round(self._first_step, 1),
             "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20 if self._cuda else memory_mib()),
             "phases": {name: round(1000 * value / self._steps, 2) for name, value in self._phases.items()},

@@ -17,8 +17,8 @@ def cpu_only() -> bool:
 def processes() -> PartialState:
     """This process among those that ``torchrun`` started: its number, its device, and a barrier."""
     state = PartialState(cpu=cpu_only())
-    if state.use_distributed:
-        atexit.register(state.destroy_process_group)  # threads that outlive the interpreter would abort the process
+    if state.backend == "gloo":
+        atexit.register(state.destroy_process_group)  # its threads must not outlive the interpreter
     return state
 
 

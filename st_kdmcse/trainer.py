@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         kwargs: as for ``SentenceTransformerTrainer``.
 
     Raises:
-        ValueError: if a dataset has other columns than one of text and optionally ``row``; by ``train``, if padding
-            cannot be left out and ``unpad`` is True.
+        ValueError: if a dataset has other columns than one of text and optionally ``row``, or ``unpad`` is True for a
+            student that is compiled; by ``train``, if it is True for another that cannot.
     """
 
     data_collator_class = KDMCSEDataCollator
@@ -90,6 +90,10 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
         super().__init__(model, args, train_dataset, **kwargs)
+        if unpad and self.args.torch_compile:
+            raise ValueError(
+                "unpad and torch_compile exclude each other: batches without padding have no static shapes"
+            )
         self.add_callback(_Prepare(self))
 
     @property
@@ -180,29 +184,19 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             prefetch_factor=loader.prefetch_factor,
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in the library; padding is left out of what the student computes, if it may be."""
-        with self._quick_attention():
-            output: TrainOutput = super().train(*args, **kwargs)
-        return output
-
-    @contextmanager
-    def _quick_attention(self) -> Iterator[None]:
-        compiled = self.args.torch_compile
-        if self.unpad and compiled:
-            raise ValueError(
-                "unpad and torch_compile exclude each other: batches without padding have no static shapes"
-            )
-        unpad = self.model.device.type == "cpu" and not compiled if self.unpad is None else self.unpad
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in the library; the student does not compute padding, or at least does not look for it."""
+        unpad = self.args.device.type == "cpu" if self.unpad is None else self.unpad
         with ExitStack() as stack:
             try:
-                if not compiled:
+                if not self.args.torch_compile:
                     stack.enter_context((unpadded if unpad else unchecked_masks)(self.model))
             except ValueError as error:
                 if self.unpad:
                     raise
-                logger.info("padding is computed and looked for at each step: %s", error)
-            yield
+                logger.info("padding is left as it is: %s", error)
+            output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        return output
 
     def save_weights(self, path: str | Path) -> None:
         """Save student and heads, without the state of training; :meth:`load_checkpoint` reads them."""

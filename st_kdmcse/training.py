@@ -117,7 +117,7 @@ class TrainingOptions:
             every ten minutes as well.
         gather_across_devices: use the batches of all devices as negatives.
         compile: compile the student with torch.compile, and round the lengths of batches up to multiples of 8 tokens.
-        unpad: leave padding out of what the student computes; on on a CPU, unless it is compiled.
+        unpad: leave padding out of what the student computes; None does so on a CPU, unless it is compiled or cannot.
         bf16: bfloat16 autocast; on where a GPU has it.
         workers: processes that tokenize.
         report_to: where the Trainer reports: "none", "tensorboard", "wandb", ...

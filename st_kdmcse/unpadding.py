@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-logger = logging.getLogger(__name__)
 
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "electra"})
 """Types of encoders in which tokens meet nowhere but in attention, and positions are counted or learned."""
@@ -36,6 +35,8 @@ def unpadded(model: SentenceTransformer) -> Iterator[None]:
     out has the usual shapes, so that losses, poolings and callers see no difference. Dropout draws other numbers, for
     it does not draw any for padding.
 
+    Forward and backward passes both belong inside: gradient checkpointing and caching compute embeddings again.
+
     Args:
         model: a sentence-transformers model whose encoder is of a type in :data:`ENCODERS`, with PyTorch's
             scaled-dot-product attention (the default of transformers), not compiled.
@@ -49,19 +50,15 @@ def unpadded(model: SentenceTransformer) -> Iterator[None]:
             with unpadded(model):
                 SentenceTransformerTrainer(model, args, dataset, loss=SimCSELoss(model)).train()
     """
-    expected = _embed_probes(model)
-    hooks = [
-        model[0].register_forward_pre_hook(lambda _, args: _unpad(model[0].auto_model, args[0])),
-        model[0].register_forward_hook(_repad),
-    ]
-    try:
-        with unchecked_masks(model):
+    with unchecked_masks(model):
+        expected = _embed_probes(model)
+        hook = model[0].register_forward_pre_hook(_unpad)
+        try:
             difference = float((_embed_probes(model) - expected).norm() / expected.norm())
             if not difference <= _TOLERANCE:
                 raise ValueError(f"without padding, its embeddings differ by {difference:.1e}")
             yield
-    finally:
-        for hook in hooks:
+        finally:
             hook.remove()
 
 
@@ -79,9 +76,12 @@ def unchecked_masks(model: SentenceTransformer) -> Iterator[None]:
     """
     encoder = _encoder(model)
     encoder.set_attn_implementation(_ATTENTION)
+    # Also where nothing is packed: a process that the model is sent to imports this module then, and has the attention.
+    hook = model[0].register_forward_hook(_repad)
     try:
         yield
     finally:
+        hook.remove()
         encoder.set_attn_implementation("sdpa")
 
 
@@ -109,8 +109,9 @@ class _Packing:
         return rows.view(*self.mask.shape, *packed.shape[2:])
 
 
-def _unpad(encoder: PreTrainedModel, features: dict[str, Any]) -> dict[str, Any] | None:
+def _unpad(module: Any, inputs: tuple[dict[str, Any]]) -> dict[str, Any] | None:
     """What the encoder is to be called with instead, None if there is little padding or other input."""
+    (features,) = inputs
     mask = features.get("attention_mask")
     if mask is None or "input_ids" not in features or not _OTHER_INPUTS.isdisjoint(features):
         return None
@@ -122,7 +123,7 @@ def _unpad(encoder: PreTrainedModel, features: dict[str, Any]) -> dict[str, Any]
     packed = {
         **features,
         "attention_mask": None,
-        "position_ids": (slots % mask.shape[1] + _first_position(encoder))[None],
+        "position_ids": packing.pack(_positions(module.auto_model, features["input_ids"])),
         "packing": packing,
     }
     for name in ("input_ids", "token_type_ids"):
@@ -161,8 +162,9 @@ def _attention(
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' signature; skipped where there is none to begin with, and not where all of it is 1."""
-    kwargs["allow_is_bidirectional_skip"] = attention_mask is None
+    """The mask of transformers' signature; not skipped where all of it is 1."""
+    if attention_mask is not None:
+        kwargs["allow_is_bidirectional_skip"] = False
     made: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
     return made
 
@@ -173,22 +175,42 @@ AttentionMaskInterface.register(_ATTENTION, _mask)
 
 def _encoder(model: SentenceTransformer) -> PreTrainedModel:
     encoder = getattr(model[0], "auto_model", None)
-    kind = getattr(getattr(encoder, "config", None), "model_type", None)
-    if not isinstance(encoder, PreTrainedModel) or kind not in ENCODERS:
-        raise ValueError(f"the encoder is a {kind or type(encoder).__name__}, not one of {', '.join(sorted(ENCODERS))}")
-    attention = encoder.config._attn_implementation
-    if attention != "sdpa":
-        raise ValueError(f"its attention is {attention}, not sdpa")
+    if not isinstance(encoder, PreTrainedModel):
+        raise ValueError(f"the encoder is a {type(model[0] if encoder is None else encoder).__name__}")
+    config = encoder.config
+    if config.model_type not in ENCODERS:
+        raise ValueError(f"the encoder is a {config.model_type}, not one of {', '.join(sorted(ENCODERS))}")
+    if config.is_decoder or model[0].module_output_name != "token_embeddings":
+        raise ValueError("the encoder is a decoder, or does not give embeddings of tokens")
+    if config._attn_implementation == _ATTENTION:
+        raise ValueError("padding or masks are taken care of already")
+    if config._attn_implementation != "sdpa":
+        raise ValueError(f"its attention is {config._attn_implementation}, not sdpa")
     return encoder
 
 
-def _first_position(encoder: PreTrainedModel) -> int:
-    """The position of the first token: RoBERTa counts from behind the number of the padding token."""
-    return int(encoder.config.pad_token_id) + 1 if hasattr(encoder.base_model.embeddings, "padding_idx") else 0
+def _positions(encoder: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(B, L) positions of tokens; RoBERTa counts from behind the number of the padding token, and leaves that out."""
+    embeddings = encoder.base_model.embeddings
+    if hasattr(embeddings, "padding_idx"):
+        counted: Tensor = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+        return counted
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
 def _embed_probes(model: SentenceTransformer) -> Tensor:
-    was_training = model.training
-    embeddings: Tensor = model.encode(_PROBES, convert_to_tensor=True, show_progress_bar=False).float()
-    model.train(was_training)
+    """Embeddings of two sentences, of which one is padded."""
+    features = batch_to_device(model.preprocess(_PROBES), model.device)
+    if _unpad(model[0], (features,)) is None:
+        raise ValueError(f"sentences of {features['input_ids'].shape[1]} tokens have no padding that is worth it")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            embeddings: Tensor = model(features)["sentence_embedding"].float()
+    except Exception as error:  # whatever else an encoder may ask for
+        raise ValueError(f"it fails on two sentences: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return embeddings

@@ -304,12 +304,21 @@ def test_no_step_asks_for_the_value_of_a_tensor(tiny_bert, sentences, store, tmp
 
 
 class _Questions(TorchDispatchMode):
-    """Counts operations that hand a value of a tensor to Python, or whose result has a size that depends on one."""
+    """Counts operations that hand a value to Python, or whose result has a size that depends on values.
+
+    Not ``tolist`` and ``numpy``, which on a CPU read memory without an operation.
+    """
+
+    SIZES = (torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2)
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        by_mask = func.overloadpacket is torch.ops.aten.index and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        asks = func.overloadpacket in (torch.ops.aten._local_scalar_dense, *self.SIZES)
+        self.count += asks or by_mask
         return func(*args, **(kwargs or {}))

@@ -1,5 +1,7 @@
 """Leaving padding out: the same embeddings, losses and gradients from fewer tokens."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import AutoModel, DistilBertConfig, set_seed
+from transformers import AutoModel, CamembertConfig, DistilBertConfig, ElectraConfig, XLMRobertaConfig, set_seed
 
 from st_kdmcse import (
     CachedKDMCSELoss,
@@ -20,6 +22,7 @@ from st_kdmcse import (
     build_student,
     unpadded,
 )
+from st_kdmcse.unpadding import unchecked_masks
 
 N = 12
 
@@ -118,6 +121,21 @@ def test_dropout_is_replayed_by_gradient_caching(tiny_bert, uneven):
     torch.testing.assert_close(gradient[3], (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [XLMRobertaConfig, CamembertConfig, ElectraConfig])
+def test_relatives_of_bert_and_roberta(kind, tiny_bert, uneven, tmp_path):
+    tokenizer = build_student(str(tiny_bert)).tokenizer
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(kind(**sizes, intermediate_size=16, pad_token_id=0)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = make_model(str(tmp_path)).eval()
+    features = model.preprocess([*uneven[:N], "woman [PAD] ball blue"])  # RoBERTa does not count that one
+    expected, seen = model(dict(features))["sentence_embedding"], count_tokens(model)
+    with unpadded(model):
+        seen.clear()
+        torch.testing.assert_close(model(dict(features))["sentence_embedding"], expected)
+    assert sum(seen) == features["attention_mask"].sum()
+
+
 def test_batches_with_hardly_any_padding_stay_as_they_are(tiny_bert, sentences):
     model = make_model(str(tiny_bert))
     seen = count_tokens(model)
@@ -158,14 +176,51 @@ def test_where_it_would_be_wrong_it_is_refused(tiny_bert, tmp_path):
     other = SentenceTransformer(modules=[Transformer(str(folder)), Pooling(8)], device="cpu")
     with pytest.raises(ValueError, match="the encoder is a distilbert, not one of bert"), unpadded(other):
         pass
-    twice = make_model(str(tiny_bert))
-    with unpadded(twice), pytest.raises(ValueError, match="its attention is st_kdmcse_sdpa"), unpadded(twice):
+    pooler = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
+    whole = Transformer(str(tiny_bert), modality_config=pooler, module_output_name="sentence_embedding")
+    decoder = make_model(str(tiny_bert))
+    decoder[0].auto_model.config.is_decoder = True
+    for model in (SentenceTransformer(modules=[whole], device="cpu"), decoder):
+        with pytest.raises(ValueError, match="is a decoder, or does not give embeddings of tokens"), unpadded(model):
+            pass
+    short = make_model(str(tiny_bert))
+    short.max_seq_length = 2
+    with pytest.raises(ValueError, match="sentences of 2 tokens have no padding"), unpadded(short):
         pass
+    twice = make_model(str(tiny_bert))
+    with unpadded(twice), pytest.raises(ValueError, match="are taken care of already"), unpadded(twice):
+        pass
+
+
+def test_whatever_happens_inside_the_model_is_a_stock_one_afterwards(tiny_bert):
+    model = make_model(str(tiny_bert))
+    model[0].auto_model.embeddings.eval()  # frozen, as some have it
+    with pytest.raises(KeyboardInterrupt), unpadded(model):
+        raise KeyboardInterrupt
+    assert model[0].auto_model.config._attn_implementation == "sdpa"
+    assert not model[0]._forward_pre_hooks
+    assert not model[0]._forward_hooks
+    assert model.training
+    assert not model[0].auto_model.embeddings.training
+
+
+@pytest.mark.parametrize("context", [unpadded, unchecked_masks])
+def test_a_model_that_is_sent_to_another_process_works_there(context, tiny_bert, uneven, tmp_path):
+    model = make_model(str(tiny_bert)).eval()
+    expected = model(model.preprocess(uneven[:N]))["sentence_embedding"]
+    with context(model):
+        torch.save((model, model.preprocess(uneven[:N]), expected), tmp_path / "model.pt")
+    code = f"""if True:
+        import torch
+        model, features, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        torch.testing.assert_close(model(features)["sentence_embedding"], expected)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_encoder_that_gives_other_embeddings_is_refused(tiny_bert):
     model = make_model(str(tiny_bert))
-    model[0].auto_model.embeddings.padding_idx = 3  # as if its positions began elsewhere
+    model[0].auto_model.embeddings.position_ids.copy_(torch.arange(64).flip(0))  # an encoder that counts otherwise
     with pytest.raises(ValueError, match="without padding, its embeddings differ by"), unpadded(model):
         pass
     assert model[0].auto_model.config._attn_implementation == "sdpa"
@@ -225,14 +280,13 @@ def test_an_encoder_that_cannot_is_trained_with_padding(tiny_bert, uneven, store
             continue
         with caplog.at_level("INFO", "st_kdmcse"):
             trainer.train()
-        assert "padding is computed and looked for at each step: its attention is eager, not sdpa" in caplog.text
+        assert "padding is left as it is: its attention is eager, not sdpa" in caplog.text
         assert trainer.state.global_step == 8
 
 
 def test_it_excludes_a_compiled_student(tiny_bert, uneven, store, tmp_path):
-    trainer = make_trainer(str(tiny_bert), tmp_path, uneven, store, True, torch_compile=True)
     with pytest.raises(ValueError, match="unpad and torch_compile exclude each other"):
-        trainer.train()
+        make_trainer(str(tiny_bert), tmp_path, uneven, store, True, torch_compile=True)
 
 
 def test_the_stock_trainer_takes_it_too(tiny_bert, uneven, tmp_path):
