@@ -47,6 +47,7 @@ from st_kdmcse.trainer import KDMCSETrainer
 
 logger = logging.getLogger(__name__)
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 METRIC = "eval_sts-dev_spearman_cosine"
 SUMMARY_NAME = "training_summary.json"
 RUN_NAME = "run.json"
@@ -116,7 +117,8 @@ class TrainingOptions:
         save_steps: steps between checkpoints, which a run that was killed goes on from; a single process writes one
             every ten minutes as well.
         gather_across_devices: use the batches of all devices as negatives.
-        compile: compile the student with torch.compile, and round the lengths of batches up to multiples of 8 tokens.
+        compile: compile the student with this mode of torch.compile ("default"; "reduce-overhead" is CUDA graphs), and
+            round the lengths of batches up to multiples of 8 tokens.
         unpad: leave padding out of what the student computes; None does so on a CPU, unless it is compiled or cannot.
         bf16: bfloat16 autocast; on where a GPU has it.
         workers: processes that tokenize.
@@ -147,7 +149,7 @@ class TrainingOptions:
     eval_steps: int = 125
     save_steps: int = 1000
     gather_across_devices: bool = False
-    compile: bool = False
+    compile: str | None = None
     unpad: bool | None = None
     bf16: bool | None = None
     workers: int = 0
@@ -180,6 +182,8 @@ class TrainingOptions:
             raise ValueError("there is nothing to train on: give --text FILE, --features STORE, or both")
         if self.bf16 and not torch.cuda.is_available():
             raise ValueError("bf16 needs a GPU; on a CPU it is about 100 times slower than float32")
+        if self.compile not in (None, *COMPILE_MODES):
+            raise ValueError(f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
         if self.compile and self.unpad:
             raise ValueError("compile and unpad exclude each other: batches without padding have no static shapes")
         self.loss_config()
@@ -608,7 +612,8 @@ def _arguments(options: TrainingOptions, roberta: bool) -> SentenceTransformerTr
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=(cuda and torch.cuda.is_bf16_supported()) if options.bf16 is None else options.bf16,
-        torch_compile=options.compile,
+        torch_compile=options.compile is not None,
+        torch_compile_mode=options.compile,
         seed=options.seed,
         use_cpu=cpu_only(),
         eval_strategy="steps" if evaluates else "no",

@@ -146,6 +146,22 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
     assert config["text_soft_label"] == "image-image"
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_a_compiled_student_learns_the_same(arguments, tiny_bert, tmp_path):
+    student = copy_tree(tiny_bert, tmp_path / "bert")
+    config = json.loads((student / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (student / "config.json").write_text(json.dumps(config))
+    losses = []
+    for number, changes in enumerate(({"compile": "reduce-overhead"}, {"no-unpad": True}, {})):
+        output = tmp_path / f"out-{number}"
+        result = run(arguments(**{"model": student, "output-dir": output, "max-steps": 30, **changes}))
+        assert result.exit_code == 0, result.output
+        losses.append([entry["loss"] for entry in json.loads((output / "training_summary.json").read_text())["losses"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["kdmcse", "mcse", "simcse"])
 def test_gradient_caching_trains_the_same_model(arguments, tiny_bert, tmp_path, method, sentences):
     encoder = copy_tree(tiny_bert, tmp_path / "without-dropout")
@@ -284,6 +300,7 @@ def damage(path, change):
         (None, {"max-steps": 0}, "max_steps must be positive"),
         (None, {"pair-every": 1}, "at least 2"),
         (None, {"mini-batch-size": -1}, "mini_batch_size must not be negative"),
+        (None, {"compile": "default", "unpad": True}, "compile and unpad exclude each other"),
         (lambda d: (d / "text.txt").write_bytes(b""), {}, "text.txt"),
         (lambda d: (d / "text.txt").write_bytes(b"fine\ncaf\xe9\n"), {}, "text.txt, line 2"),
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__delitem__(slice(-8, None))), {}, "whole"),

@@ -16,7 +16,7 @@ from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Threshold
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.recipes import DATASETS, DatasetRecipe
-from st_kdmcse.training import METHODS, TrainingOptions, train
+from st_kdmcse.training import COMPILE_MODES, METHODS, TrainingOptions, train
 
 Command = Callable[..., Any]
 
@@ -151,7 +151,13 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 help="Steps between checkpoints for --resume; there is one every ten minutes as well.",
             ),
             click.option("--gather-across-devices", is_flag=True, help="Negatives from the batches of all devices."),
-            click.option("--compile", is_flag=True, help="Compile the student: worth it for long runs on a GPU."),
+            click.option(
+                "--compile",
+                type=click.Choice(COMPILE_MODES),
+                is_flag=False,
+                flag_value="default",
+                help="Compile the student, for long runs on a GPU; reduce-overhead is CUDA graphs.  [off]",
+            ),
             click.option("--unpad/--no-unpad", default=None, help="Do not compute padding.  [on a CPU]"),
             click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.  [where a GPU has it]"),
             click.option(
