@@ -99,7 +99,7 @@ def curve(kind: str, dropout: float, seed: int, settings: dict[str, Any], starte
             evaluator=sts_evaluator(dev, "sts-dev"),
             pair_every=settings["pair_every"],
             pretokenize=kind != PLAIN,
-            unpad=kind != PLAIN,
+            unpad=False if kind == PLAIN else None,
             token_cache=folder,
         )
         losses: list[torch.Tensor] = []  # those of the logs are rounded

@@ -17,6 +17,7 @@ os.environ.update(
 
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import without_dropout
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 
@@ -24,11 +25,7 @@ from st_kdmcse import CachedKDMCSELoss, FeatureStore, KDMCSEConfig, KDMCSELoss, 
 
 steps, batch, lr, resume, mini_batch = (float(value) for value in sys.argv[5:10])
 set_seed(3 + rank)  # heads that differ between processes must be made equal
-student = build_student(str(folder / "bert")).to("cpu")
-for module in student.modules():
-    if isinstance(module, torch.nn.Dropout):
-        module.p = 0.0
-student[0].auto_model.config.attention_probs_dropout_prob = 0.0
+student = without_dropout(build_student(str(folder / "bert")).to("cpu"))
 store = FeatureStore.open(folder / "store")
 sentences = (folder / "sentences.txt").read_text().splitlines()
 config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, remove_same_image=True)

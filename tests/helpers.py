@@ -6,6 +6,8 @@ import shutil
 import socket
 from pathlib import Path
 
+import torch
+
 WORDS = "a the two dog dogs man woman child runs plays sits on in of grass beach ball red blue small large snow".split()
 
 
@@ -34,3 +36,21 @@ def load_command(script: str):
         script: path from the repository root, such as "evaluation/sts.py".
     """
     return runpy.run_path(str(Path(__file__).resolve().parents[1] / script))["main"]
+
+
+def without_dropout(model):
+    """The model, whose dropout is switched off for good, in training too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model[0].auto_model.config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+def gradients(loss, total):
+    """Every gradient after a backward pass from ``total``, by name; they are cleared before and after."""
+    loss.zero_grad()
+    total.backward()
+    found = {name: value.grad.clone() for name, value in loss.named_parameters() if value.grad is not None}
+    loss.zero_grad()
+    return found

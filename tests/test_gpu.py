@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import without_dropout
 from photo_set import content
 from sentence_transformers import SentenceTransformerTrainingArguments
 
@@ -169,10 +170,3 @@ def test_without_padding_the_losses_are_the_same(tiny_bert, sentences, store, tm
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model[0].auto_model.config.attention_probs_dropout_prob = 0.0

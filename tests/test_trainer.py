@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import without_dropout
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
@@ -269,10 +270,7 @@ def test_padding_to_multiples_changes_only_rounding(tiny_bert, sentences, store,
         trainer = make_trainer(
             tiny_bert, tmp_path / str(multiple), data, store, multiple=multiple, unpad=False, learning_rate=1e-5
         )
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        trainer.model[0].auto_model.config.attention_probs_dropout_prob = 0.0
+        without_dropout(trainer.model)
         trainer.train()
         trainers.append(trainer)
     (ids,) = {batch["sentence_input_ids"].shape[1] for batch in trainers[1].get_train_dataloader()}

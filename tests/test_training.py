@@ -85,6 +85,16 @@ def arguments(data, tiny_bert, tmp_path):
     return build
 
 
+@pytest.fixture
+def still_bert(tiny_bert, tmp_path):
+    """Folder of the tiny encoder without dropout."""
+    folder = copy_tree(tiny_bert, tmp_path / "without-dropout")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def run(arguments):
     return CliRunner().invoke(main, arguments)
 
@@ -147,15 +157,11 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_a_compiled_student_learns_the_same(arguments, tiny_bert, tmp_path):
-    student = copy_tree(tiny_bert, tmp_path / "bert")
-    config = json.loads((student / "config.json").read_text())
-    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    (student / "config.json").write_text(json.dumps(config))
+def test_a_compiled_student_learns_the_same(arguments, still_bert, tmp_path):
     losses = []
     for number, changes in enumerate(({"compile": "reduce-overhead"}, {"no-unpad": True}, {})):
         output = tmp_path / f"out-{number}"
-        result = run(arguments(**{"model": student, "output-dir": output, "max-steps": 30, **changes}))
+        result = run(arguments(**{"model": still_bert, "output-dir": output, "max-steps": 30, **changes}))
         assert result.exit_code == 0, result.output
         losses.append([entry["loss"] for entry in json.loads((output / "training_summary.json").read_text())["losses"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -163,13 +169,9 @@ def test_a_compiled_student_learns_the_same(arguments, tiny_bert, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["kdmcse", "mcse", "simcse"])
-def test_gradient_caching_trains_the_same_model(arguments, tiny_bert, tmp_path, method, sentences):
-    encoder = copy_tree(tiny_bert, tmp_path / "without-dropout")
-    config = json.loads((encoder / "config.json").read_text())
-    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    (encoder / "config.json").write_text(json.dumps(config))
+def test_gradient_caching_trains_the_same_model(arguments, still_bert, tmp_path, method, sentences):
     for name, size in (("plain", 0), ("cached", 3)):
-        flags = {"model": encoder, "method": method, "output-dir": tmp_path / name, "mini-batch-size": size}
+        flags = {"model": still_bert, "method": method, "output-dir": tmp_path / name, "mini-batch-size": size}
         # Adam makes steps of this size even where a gradient is rounding noise.
         result = run(arguments(**flags, lr=1e-5))
         assert result.exit_code == 0, result.output
@@ -178,7 +180,7 @@ def test_gradient_caching_trains_the_same_model(arguments, tiny_bert, tmp_path, 
     )
     assert cached["config"]["mini_batch_size"] == 3
     assert "mini_batch_size" not in plain["config"]
-    before = build_student(str(encoder)).to("cpu").encode(sentences)
+    before = build_student(str(still_bert)).to("cpu").encode(sentences)
     models = [SentenceTransformer(str(tmp_path / name / "last"), device="cpu") for name in ("plain", "cached")]
     after, after_cached = (model.encode(sentences) for model in models)
     assert abs(after - before).max() > 1e-4

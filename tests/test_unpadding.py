@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import gradients
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -58,10 +59,8 @@ def count_tokens(model):
 
 def value_and_gradients(loss, features, labels=None):
     set_seed(5)
-    loss.zero_grad()
     value = loss([dict(features)], labels).total
-    value.backward()
-    return value.detach(), {name: each.grad.clone() for name, each in loss.named_parameters() if each.grad is not None}
+    return value.detach(), gradients(loss, value)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -72,7 +71,7 @@ def test_losses_and_gradients_are_the_same(encoder, uneven, store, pairs, make):
     options = {"mini_batch_size": 5} if make is CachedKDMCSELoss else {}
     loss = make(model, config, teacher_dim=store.dim, features=store, **options).double()
     features, labels = model.preprocess(uneven[:N]), torch.arange(N) if pairs else None
-    expected, gradients = value_and_gradients(loss, features, labels)
+    expected, expected_gradients = value_and_gradients(loss, features, labels)
     seen = count_tokens(model)
     with unpadded(model):
         seen.clear()
@@ -80,8 +79,8 @@ def test_losses_and_gradients_are_the_same(encoder, uneven, store, pairs, make):
     columns = 2 * (2 if make is CachedKDMCSELoss else 1)
     assert sum(seen) < columns * 0.8 * features["input_ids"].numel()
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
+    assert found.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
@@ -110,14 +109,14 @@ def test_dropout_is_replayed_by_gradient_caching(tiny_bert, uneven):
     bias = model[0].auto_model.encoder.layer[0].output.dense.bias
     values = []
     with unpadded(model):
-        _, gradients = value_and_gradients(loss, features)
+        _, found = value_and_gradients(loss, features)
         for step in (1e-6, -1e-6):  # the same seed, so the same dropout
             with torch.no_grad():
                 bias[3] += step
             values.append(value_and_gradients(loss, features)[0])
             with torch.no_grad():
                 bias[3] -= step
-    (gradient,) = [each for name, each in gradients.items() if name.endswith("layer.0.output.dense.bias")]
+    (gradient,) = [each for name, each in found.items() if name.endswith("layer.0.output.dense.bias")]
     torch.testing.assert_close(gradient[3], (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-9)
 
 
@@ -297,10 +296,9 @@ def test_the_stock_trainer_takes_it_too(tiny_bert, uneven, tmp_path):
     data = Dataset.from_dict({"sentence": uneven})
     trainer = SentenceTransformerTrainer(model, arguments, data, loss=SimCSELoss(model))
     before = model[0].auto_model.encoder.layer[0].output.dense.weight.detach().clone()
-    seen, packed = count_tokens(model), []
+    packed = []
     model[0].register_forward_hook(lambda _, inputs, output: packed.append("packing" in inputs[0]))
     with unpadded(model):
-        seen.clear()
         packed.clear()
         trainer.train()
     assert any(packed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import load_command
+from helpers import load_command, without_dropout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from st_kdmcse import build_student
@@ -26,10 +26,7 @@ from st_kdmcse.evaluation.visualize import (
 @pytest.fixture
 def still(student):
     """A student without dropout."""
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return student
+    return without_dropout(student)
 
 
 def test_copies_differ_under_dropout_and_the_seed_decides(student, sentences):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from helpers import gradients, without_dropout
 from sentence_transformers import InputExample, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,14 +67,6 @@ def exact_student(student):
     return without_dropout(student).double()
 
 
-def without_dropout(student):
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    student[0].auto_model.config.attention_probs_dropout_prob = 0.0
-    return student
-
-
 def pair(plain_class, cached_class, *args, mini_batch_size=5, chunk_rows=4, **kwargs):
     """A loss and its cached form with the same student and the same heads, in the student's precision."""
     plain = plain_class(*args, **kwargs)
@@ -101,15 +94,6 @@ def labels_of(store, kind):
         return rows.unsqueeze(1)
     batch = store.gather(rows)
     return torch.cat([torch.from_numpy(batch.image_features), torch.from_numpy(batch.text_features)], dim=1)
-
-
-def gradients(loss, total):
-    """Every gradient after a backward pass from ``total``, by name; they are cleared before and after."""
-    loss.zero_grad()
-    total.backward()
-    found = {name: value.grad.clone() for name, value in loss.named_parameters() if value.grad is not None}
-    loss.zero_grad()
-    return found
 
 
 def assert_equal(actual, expected, tolerance=1e-10):
