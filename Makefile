@@ -1,9 +1,13 @@
 # make demo: environment, installation and the embedded demo.  make test, make check: the tests; lint and types.
+# make gpu: what only a GPU shows, tests and training benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
+# flickr8k_features and senteval.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+DATA = $(or $(ST_KDMCSE_DATA),$(error set ST_KDMCSE_DATA to the folder of the data))
+REAL_DATA = --text $(DATA)/wiki/wiki_sentences.txt --features $(DATA)/flickr8k_features --eval-data $(DATA)/senteval
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python training/train_flickr.py --demo
@@ -18,6 +22,11 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_step.py
+
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/training_run.py $(REAL_DATA) --output benchmarks/results/training_run_gpu.json
+	$(BIN)/python benchmarks/training_curves.py $(REAL_DATA) --output benchmarks/results/training_curves_gpu.json
 
 clean:
 	rm -rf $(VENV) kdmcse-demo

@@ -174,12 +174,16 @@ def contest(name: str, settings: Settings, profile: bool, started: float) -> dic
     set_seed(0)
     model = make_student(settings.encoder, settings.tokenizer, settings.layers, settings.hidden).to(settings.device)
     clock = Clock(settings, started, profile)
-    clock.count_tokens(model)
     dev = load_sts_benchmark(settings.eval_data, "dev") if settings.eval_data else None
     if name == "research style":
+        clock.count_tokens(model)
         research_loop(model, dev, settings, clock)
     else:
         trainer = make_trainer(name, model, dev, settings, clock)
+        if trainer.args.torch_compile:
+            clock.count_tokens_of_two_views(trainer.loss)
+        else:
+            clock.count_tokens(model)
         clock.watch(trainer)
         trainer.train()
     return clock.result(model)
@@ -358,6 +362,17 @@ class Clock(TrainerCallback):
 
         model[0].register_forward_pre_hook(count_real)
         model[0].auto_model.get_input_embeddings().register_forward_pre_hook(count_computed)
+
+    def count_tokens_of_two_views(self, loss: torch.nn.Module) -> None:
+        """The same for a compiled encoder, which computes padding; counting in it would compile it anew each time."""
+
+        def count(module: Any, arguments: tuple[Any, ...]) -> None:
+            if module.training:
+                for column in arguments[0]:
+                    self._real += 2 * column["attention_mask"].sum()
+                    self._computed += 2 * column["input_ids"].numel()
+
+        loss.register_forward_pre_hook(count)
 
     def watch(self, trainer: Any) -> None:
         """Have a trainer tell when its phases are over."""

@@ -30,6 +30,9 @@ from st_kdmcse.unpadding import unchecked_masks, unpadded
 
 logger = logging.getLogger(__name__)
 
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of ``torch.compile`` that record CUDA graphs."""
+
 
 class KDMCSETrainer(SentenceTransformerTrainer):
     """The stock trainer, with what two sources and trained heads need.
@@ -57,8 +60,9 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         kwargs: as for ``SentenceTransformerTrainer``.
 
     Raises:
-        ValueError: if a dataset has other columns than one of text and optionally ``row``, or ``unpad`` is True for a
-            student that is compiled; by ``train``, if it is True for another that cannot.
+        ValueError: if a dataset has other columns than one of text and optionally ``row``, or a compiled student is to
+            leave padding out or to add up gradients in CUDA graphs (see :func:`check_compilation`); by ``train``, if
+            ``unpad`` is True for a student that cannot.
     """
 
     data_collator_class = KDMCSEDataCollator
@@ -90,17 +94,21 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
         super().__init__(model, args, train_dataset, **kwargs)
-        if unpad and self.args.torch_compile:
-            raise ValueError(
-                "unpad and torch_compile exclude each other: batches without padding have no static shapes"
-            )
+        if self.args.torch_compile:
+            in_parts = any(hasattr(module, "mini_batch_size") for module in self._loss_modules)
+            in_parts |= self.args.gradient_accumulation_steps > 1
+            check_compilation(self.args.torch_compile_mode, self.unpad, in_parts)
         self.add_callback(_Prepare(self))
 
     @property
     def head_losses(self) -> list[TwoViewLoss]:
         """The losses that own heads, wrapped ones included."""
+        return [module for module in self._loss_modules if isinstance(module, TwoViewLoss)]
+
+    @property
+    def _loss_modules(self) -> list[nn.Module]:
         losses = nn.ModuleList(self.loss.values()) if isinstance(self.loss, dict) else self.loss
-        return [module for module in losses.modules() if isinstance(module, TwoViewLoss)]
+        return list(losses.modules())
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
@@ -266,6 +274,27 @@ class KDMCSETrainer(SentenceTransformerTrainer):
                 logs = {**logs, prefix + name: round(total / count, 4)}
             self._log_sums[kind] = {}
         super().log(logs, start_time)
+
+
+def check_compilation(mode: str | None, unpad: bool | None, in_parts: bool) -> None:
+    """Refuse what a compiled student cannot do.
+
+    Args:
+        mode: of ``torch.compile``.
+        unpad: whether padding is left out.
+        in_parts: whether gradients are added up over parts of a batch (gradient caching or accumulation).
+
+    Raises:
+        ValueError: if both are asked for, or gradients would be added up in the memory of a CUDA graph, which the next
+            part overwrites (PyTorch's issue 169545).
+    """
+    if unpad:
+        raise ValueError("unpad and compilation exclude each other: batches without padding have no static shapes")
+    if in_parts and mode in CUDA_GRAPH_MODES:
+        raise ValueError(
+            f"compiled with mode {mode}, a CUDA graph overwrites gradients that are added up over parts of a batch: "
+            "use mode default, or one part (no mini-batches, no gradient accumulation)"
+        )
 
 
 class _Prepare(TrainerCallback):

@@ -43,11 +43,11 @@ from st_kdmcse.losses.cached import GradientCaching
 from st_kdmcse.processes import cpu_only, processes
 from st_kdmcse.provenance import device_name, versions, write_json
 from st_kdmcse.student import build_student
-from st_kdmcse.trainer import KDMCSETrainer
+from st_kdmcse.trainer import CUDA_GRAPH_MODES, KDMCSETrainer, check_compilation
 
 logger = logging.getLogger(__name__)
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", *CUDA_GRAPH_MODES)
 METRIC = "eval_sts-dev_spearman_cosine"
 SUMMARY_NAME = "training_summary.json"
 RUN_NAME = "run.json"
@@ -117,8 +117,8 @@ class TrainingOptions:
         save_steps: steps between checkpoints, which a run that was killed goes on from; a single process writes one
             every ten minutes as well.
         gather_across_devices: use the batches of all devices as negatives.
-        compile: compile the student with this mode of torch.compile ("default"; "reduce-overhead" is CUDA graphs), and
-            round the lengths of batches up to multiples of 8 tokens.
+        compile: compile the student with this mode of torch.compile ("default"; "reduce-overhead" is CUDA graphs, which
+            exclude mini_batch_size), and round the lengths of batches up to multiples of 8 tokens.
         unpad: leave padding out of what the student computes; None does so on a CPU, unless it is compiled or cannot.
         bf16: bfloat16 autocast; on where a GPU has it.
         workers: processes that tokenize.
@@ -184,8 +184,8 @@ class TrainingOptions:
             raise ValueError("bf16 needs a GPU; on a CPU it is about 100 times slower than float32")
         if self.compile not in (None, *COMPILE_MODES):
             raise ValueError(f"compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
-        if self.compile and self.unpad:
-            raise ValueError("compile and unpad exclude each other: batches without padding have no static shapes")
+        if self.compile:
+            check_compilation(self.compile, self.unpad, bool(self.mini_batch_size))
         self.loss_config()
 
     def loss_config(self) -> KDMCSEConfig:

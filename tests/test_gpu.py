@@ -130,10 +130,11 @@ def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
     assert "0" not in {hit.id for hit in backend.search(rows.embeddings[:1], 10)[0]}
 
 
-def test_a_compiled_run_learns_what_a_plain_one_does(tiny_bert, sentences, store, tmp_path):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_run_learns_what_a_plain_one_does(tiny_bert, sentences, store, tmp_path, mode):
     losses = []
-    for compiled in (False, True):
-        trainer = make_trainer(tiny_bert, sentences, store, tmp_path / str(compiled), torch_compile=compiled)
+    for options in ({}, {"torch_compile": True, "torch_compile_mode": mode}):
+        trainer = make_trainer(tiny_bert, sentences, store, tmp_path / str(len(options)), **options)
         without_dropout(trainer.model)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

@@ -13,7 +13,16 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
-from st_kdmcse import KDMCSEConfig, KDMCSEDataCollator, KDMCSELoss, KDMCSETrainer, SimCSELoss, build_student
+from st_kdmcse import (
+    CachedKDMCSELoss,
+    KDMCSEConfig,
+    KDMCSEDataCollator,
+    KDMCSELoss,
+    KDMCSETrainer,
+    SimCSELoss,
+    build_student,
+)
+from st_kdmcse.trainer import CUDA_GRAPH_MODES
 
 
 def sources(sentences, store):
@@ -201,6 +210,20 @@ def test_the_model_card_names_the_loss_its_options_and_the_papers(tiny_bert, sen
     for expected in ("KDMCSELoss", '"multimodal_weight": 0.5', "nguyen2024kdmcse", "gao2021simcse"):
         assert expected in card
     assert max(len(line) for line in card.splitlines()) < 1000, "statistics of row numbers"
+
+
+@pytest.mark.parametrize("in_parts", ["accumulation", "gradient caching"])
+def test_cuda_graphs_are_not_asked_to_add_gradients_up(tiny_bert, sentences, store, tmp_path, in_parts):
+    def cached(model, loss):
+        return CachedKDMCSELoss(model, teacher_dim=store.dim, features=store)
+
+    changes = {"gradient_accumulation_steps": 2} if in_parts == "accumulation" else {"wrap": cached}
+    for mode in CUDA_GRAPH_MODES:
+        with pytest.raises(ValueError, match="overwrites gradients"):
+            make_trainer(
+                tiny_bert, tmp_path, sources(sentences, store), store, torch_compile_mode=mode, max_steps=6, **changes
+            )
+    make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, torch_compile=True, max_steps=6, **changes)
 
 
 def test_gradient_accumulation_takes_a_step_from_one_source(tiny_bert, sentences, store, tmp_path):

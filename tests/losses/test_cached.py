@@ -199,9 +199,12 @@ def test_dropout_masks_are_replayed(student, sentences, store):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_dropout_masks_of_the_device_are_replayed(student, sentences, store):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_masks_of_the_device_are_replayed(student, sentences, store, compiled):
     student.to("cuda").double().train()
     plain, cached = kdmcse_pair(student, store)
+    if compiled:  # as the Trainer does
+        plain.model = cached.model = torch.compile(student)
     features = [{name: value.to("cuda") for name, value in texts(student, sentences)[0].items()}]
     set_seed(5)
     expected = gradients(plain, plain.compute_loss_from_embeddings(reference_views(cached, features)).total)
