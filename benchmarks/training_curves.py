@@ -41,13 +41,15 @@ PLAIN, FAST, BF16 = "plain", "fast", "fast, bf16"
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--pair-every", default=4, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs with dropout.")
+@click.option("--first-seed", default=0, show_default=True, help="Seed of the first of them.")
 @click.option("--bf16/--no-bf16", default=torch.cuda.is_available(), help="Whether to run bfloat16.  [on a GPU]")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
-def main(seeds: int, bf16: bool, output: Path | None, **settings: Any) -> None:
+def main(seeds: int, first_seed: int, bf16: bool, output: Path | None, **settings: Any) -> None:
     """Compare the losses of all steps and the scores on STS-B dev."""
     check_output(output)
     kinds = [PLAIN, FAST] + [BF16] * bf16
-    runs = [(kind, 0.0, 0) for kind in kinds] + [(kind, 0.1, seed) for seed in range(seeds) for kind in kinds]
+    with_dropout = range(first_seed, first_seed + seeds)
+    runs = [(kind, 0.0, 0) for kind in kinds] + [(kind, 0.1, seed) for seed in with_dropout for kind in kinds]
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for run in tqdm(runs, desc="Runs"):
         found[run] = in_a_process(curve, *run, settings)
@@ -56,7 +58,7 @@ def main(seeds: int, bf16: bool, output: Path | None, **settings: Any) -> None:
     result = {
         "settings": named,
         "without_dropout": {kind: differences(found[PLAIN, 0.0, 0], found[kind, 0.0, 0]) for kind in kinds[1:]},
-        "with_dropout": {kind: over_seeds([found[kind, 0.1, seed] for seed in range(seeds)]) for kind in kinds},
+        "with_dropout": {kind: over_seeds([found[kind, 0.1, seed] for seed in with_dropout]) for kind in kinds},
         **provenance(),
     }
     click.echo(json.dumps(result, indent=2))
@@ -132,13 +134,13 @@ def differences(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of the last score and of the mean loss of the second half."""
+    """The last score and the mean loss of the second half, by seed, with mean and standard deviation."""
     values = {
         "score": [run["scores"][-1] for run in runs],
         "loss_of_second_half": [statistics.mean(run["losses"][len(run["losses"]) // 2 :]) for run in runs],
     }
     return {
-        name: {"mean": statistics.mean(each), "sd": statistics.stdev(each) if len(each) > 1 else None}
+        name: {"seeds": each, "mean": statistics.mean(each), "sd": statistics.stdev(each) if len(each) > 1 else None}
         for name, each in values.items()
     }
 

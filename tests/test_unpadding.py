@@ -120,6 +120,24 @@ def test_dropout_is_replayed_by_gradient_caching(tiny_bert, uneven):
     torch.testing.assert_close(gradient[3], (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("where", ["attention", "elsewhere"])
+def test_dropout_is_as_strong(tiny_bert, uneven, where):
+    model = make_model(str(tiny_bert), dropout=0.1).train()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5 if (".self." in name) == (where == "attention") else 0.0
+    features = {name: value.repeat(40, 1) for name, value in model.preprocess(uneven[:N]).items() if name != "modality"}
+    spreads = []
+    for context in (nullcontext(), unpadded(model)):
+        with context, torch.no_grad():
+            set_seed(7)
+            views = [model(dict(features))["sentence_embedding"] for _ in range(2)]
+        spreads.append(1 - torch.cosine_similarity(*views))
+    error = (spreads[0].var() / len(spreads[0]) + spreads[1].var() / len(spreads[1])).sqrt()
+    assert (spreads[0].mean() - spreads[1].mean()).abs() < 3 * error
+    assert error < 0.1 * spreads[0].mean()
+
+
 @pytest.mark.parametrize("kind", [XLMRobertaConfig, CamembertConfig, ElectraConfig])
 def test_relatives_of_bert_and_roberta(kind, tiny_bert, uneven, tmp_path):
     tokenizer = build_student(str(tiny_bert)).tokenizer
