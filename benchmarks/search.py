@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from st_kdmcse.data import FlickrTokens, iter_sentences
 from st_kdmcse.demo.run import minilm_folder
-from st_kdmcse.evaluation.encoding import encode_distinct, load_model
+from st_kdmcse.encoding import encode_distinct, load_model
 from st_kdmcse.processes import memory_mib
 from st_kdmcse.provenance import check_output, provenance, write_json
 from st_kdmcse.search import FaissBackend

@@ -25,7 +25,7 @@ from transformers import set_seed
 from st_kdmcse import FeatureStore, KDMCSELoss, KDMCSETrainer, build_student, read_sentences
 from st_kdmcse.data import load_sts_benchmark
 from st_kdmcse.provenance import check_output, provenance, write_json
-from st_kdmcse.training import METRIC, sts_evaluator
+from st_kdmcse.training.run import METRIC, sts_evaluator
 
 PLAIN, FAST, BF16 = "plain", "fast", "fast, bf16"
 

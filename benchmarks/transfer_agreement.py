@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
-from st_kdmcse.evaluation.encoding import SentenceEmbeddings, encode_distinct, load_model
+from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct, load_model
 from st_kdmcse.evaluation.transfer import TransferProtocol, score_task
 from st_kdmcse.provenance import parameters_checksum, provenance, write_json
 

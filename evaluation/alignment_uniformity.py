@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.named_models import named_models
 from st_kdmcse.data import STSTask, load_sts_benchmark
+from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.alignment_uniformity import alignment_uniformity, plot_alignment_uniformity, table
-from st_kdmcse.evaluation.encoding import load_model
-from st_kdmcse.evaluation.named_models import named_models
 from st_kdmcse.evaluation.plots import check_plot, save_figure
 from st_kdmcse.provenance import check_output, model_identity, provenance, write_json
 

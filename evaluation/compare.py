@@ -6,9 +6,9 @@ import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import prepare_report, report_options
-from st_kdmcse.evaluation.comparison import compare_runs
-from st_kdmcse.evaluation.report import write_report
-from st_kdmcse.evaluation.runs import find_runs
+from st_kdmcse.experiments.comparison import compare_runs
+from st_kdmcse.experiments.report import write_report
+from st_kdmcse.experiments.runs import find_runs
 
 
 @click.command(context_settings={"max_content_width": 120})

@@ -7,8 +7,8 @@ import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, split_options
-from st_kdmcse.evaluation.grid import margin_grid, run_grid
-from st_kdmcse.evaluation.report import write_sweep_report
+from st_kdmcse.experiments.grid import margin_grid, run_grid
+from st_kdmcse.experiments.report import write_sweep_report
 
 MARGINS = "0.025,0.05,0.075,0.1,0.125,0.15,0.175,0.2,0.225"
 

@@ -7,7 +7,7 @@ import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_sts_tasks
-from st_kdmcse.evaluation.encoding import load_model
+from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
 from st_kdmcse.provenance import check_output, provenance, write_json
 

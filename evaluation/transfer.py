@@ -7,7 +7,7 @@ import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS
-from st_kdmcse.evaluation.encoding import load_model
+from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.transfer import AVERAGE, TransferProtocol, evaluate_transfer
 from st_kdmcse.provenance import check_output
 

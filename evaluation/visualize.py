@@ -6,9 +6,9 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.named_models import named_models
 from st_kdmcse.data import iter_sentences, sha256_file
-from st_kdmcse.evaluation.encoding import load_model
-from st_kdmcse.evaluation.named_models import named_models
+from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.plots import check_plot, save_figure
 from st_kdmcse.evaluation.visualize import (
     DEFAULT_SENTENCES,

@@ -7,12 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from st_kdmcse import functional
-    from st_kdmcse.attach import attach_features
-    from st_kdmcse.collator import KDMCSEDataCollator
     from st_kdmcse.config import KDMCSEConfig
     from st_kdmcse.data import FeatureStore, FeatureStoreWriter, import_released_json, read_sentences
-    from st_kdmcse.examples import MultimodalInputExample, check_examples
-    from st_kdmcse.fit import fit_objectives
     from st_kdmcse.losses import (
         ArcCSELoss,
         CachedKDMCSELoss,
@@ -22,10 +18,14 @@ if TYPE_CHECKING:
         MCSELoss,
         SimCSELoss,
     )
-    from st_kdmcse.schedule import StepRatioBatchSampler
-    from st_kdmcse.student import build_student
-    from st_kdmcse.trainer import KDMCSETrainer
-    from st_kdmcse.unpadding import unpadded
+    from st_kdmcse.training.attach import attach_features
+    from st_kdmcse.training.collator import KDMCSEDataCollator
+    from st_kdmcse.training.examples import MultimodalInputExample, check_examples
+    from st_kdmcse.training.fit import fit_objectives
+    from st_kdmcse.training.schedule import StepRatioBatchSampler
+    from st_kdmcse.training.student import build_student
+    from st_kdmcse.training.trainer import KDMCSETrainer
+    from st_kdmcse.training.unpadding import unpadded
 
 __version__ = "0.1.0"
 
@@ -55,12 +55,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "attach": ("attach_features",),
-    "collator": ("KDMCSEDataCollator",),
+    "training.attach": ("attach_features",),
+    "training.collator": ("KDMCSEDataCollator",),
     "config": ("KDMCSEConfig",),
     "data": ("FeatureStore", "FeatureStoreWriter", "import_released_json", "read_sentences"),
-    "examples": ("MultimodalInputExample", "check_examples"),
-    "fit": ("fit_objectives",),
+    "training.examples": ("MultimodalInputExample", "check_examples"),
+    "training.fit": ("fit_objectives",),
     "losses": (
         "ArcCSELoss",
         "CachedKDMCSELoss",
@@ -70,10 +70,10 @@ _MODULES = {
         "MCSELoss",
         "SimCSELoss",
     ),
-    "schedule": ("StepRatioBatchSampler",),
-    "student": ("build_student",),
-    "trainer": ("KDMCSETrainer",),
-    "unpadding": ("unpadded",),
+    "training.schedule": ("StepRatioBatchSampler",),
+    "training.student": ("build_student",),
+    "training.trainer": ("KDMCSETrainer",),
+    "training.unpadding": ("unpadded",),
 }
 
 

@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 absent = ("torchvision", "faiss", "open_clip", "PIL")
 PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in absent else find(name, *rest))
-import st_kdmcse, st_kdmcse.training, st_kdmcse.cli.main, st_kdmcse.cli.training
+import st_kdmcse, st_kdmcse.training.run, st_kdmcse.cli.main, st_kdmcse.cli.training
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from st_kdmcse.cli.training import run_training, training_command
-from st_kdmcse.recipes import DatasetRecipe
+from st_kdmcse.training.presets import DatasetRecipe
 
 
 @training_command("cc12m")

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.training import run_training, training_command
-from st_kdmcse.recipes import DatasetRecipe
+from st_kdmcse.training.presets import DatasetRecipe
 
 
 @click.option("--demo", is_flag=True, help="Train on the embedded scenes: no network, no data, a few minutes.")

@@ -14,10 +14,10 @@ from st_kdmcse.cli.training import config_options, training_options
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import load_sts_tasks
 from st_kdmcse.data.sts import STSTask
-from st_kdmcse.evaluation.comparison import Comparison, compare_runs
-from st_kdmcse.evaluation.grid import GridResult, shared_features
-from st_kdmcse.evaluation.report import check_output
-from st_kdmcse.evaluation.runs import read_run
+from st_kdmcse.experiments.comparison import Comparison, compare_runs
+from st_kdmcse.experiments.grid import GridResult, shared_features
+from st_kdmcse.experiments.report import check_output
+from st_kdmcse.experiments.runs import read_run
 
 Command = Callable[..., Any]
 
@@ -149,7 +149,7 @@ def compare_grid(result: GridResult, tasks: Sequence[STSTask], bootstrap: int, b
     """Compare the finished runs of a grid.
 
     Args:
-        result: of :func:`~st_kdmcse.evaluation.grid.run_grid`.
+        result: of :func:`~st_kdmcse.experiments.grid.run_grid`.
         tasks: of :func:`prepare_report`.
         bootstrap: replicates.
         bootstrap_seed: of the resamples.
@@ -172,7 +172,7 @@ def finish(result: GridResult, report: str, output: Path) -> None:
     """Show a report, and exit with status 1 if a run has failed.
 
     Args:
-        result: of :func:`~st_kdmcse.evaluation.grid.run_grid`.
+        result: of :func:`~st_kdmcse.experiments.grid.run_grid`.
         report: the tables for the terminal.
         output: the folder of the report.
     """

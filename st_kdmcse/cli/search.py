@@ -18,10 +18,10 @@ import click
 import pyarrow as pa
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.evaluation.encoding import load_model
-from st_kdmcse.heads import HEADS_DIR
+from st_kdmcse.encoding import load_model
+from st_kdmcse.files import progress_bar
+from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit
 from st_kdmcse.search.build import build_index

@@ -15,8 +15,8 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Threshold
 from st_kdmcse.extraction import ExtractionOptions
-from st_kdmcse.recipes import DATASETS, DatasetRecipe
-from st_kdmcse.training import COMPILE_MODES, METHODS, TrainingOptions, train
+from st_kdmcse.training.presets import DATASETS, DatasetRecipe
+from st_kdmcse.training.run import COMPILE_MODES, METHODS, TrainingOptions, train
 
 Command = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def training_command(dataset: str) -> Callable[[Command], click.Command]:
     """Make a training script's command of a function, which gets the recipe of its data set and the options by name.
 
     Args:
-        dataset: a name of :data:`~st_kdmcse.recipes.DATASETS`.
+        dataset: a name of :data:`~st_kdmcse.training.presets.DATASETS`.
     """
     recipe = DATASETS[dataset]
     script = f"python training/train_{dataset}.py"

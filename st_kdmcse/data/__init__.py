@@ -1,6 +1,5 @@
 """Reading and keeping data: sentences, teacher features with their captions, STS pairs."""
 
-from st_kdmcse.data.files import sha256_file
 from st_kdmcse.data.inspection import StoreReport, inspect_store
 from st_kdmcse.data.readers import (
     BadRowError,
@@ -22,6 +21,7 @@ from st_kdmcse.data.store import FeatureBatch, FeatureStore
 from st_kdmcse.data.sts import STS_TASKS, STSPairs, STSTask, load_sts_benchmark, load_sts_tasks
 from st_kdmcse.data.thresholds import true_pair_score
 from st_kdmcse.data.writer import FeatureStoreWriter
+from st_kdmcse.files import sha256_file
 
 __all__ = [
     "STS_TASKS",

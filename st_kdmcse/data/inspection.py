@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.data.files import ByteProgress, byte_progress
 from st_kdmcse.data.layout import ARROW, CSV, IMAGES, MANIFEST, ROWS_PER_CHUNK, TEXTS, Array, Rows
 from st_kdmcse.data.store import FeatureStore
+from st_kdmcse.files import ByteProgress, byte_progress
 
 Measures: TypeAlias = "dict[str, float]"
 """Numbers by name: "min", "mean", "max", or the quantiles "5%", "25%", "50%", "75%", "95%"."""

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 import ijson
 import numpy as np
 
-from st_kdmcse.data.files import byte_progress
 from st_kdmcse.data.layout import FeatureDtype
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.data.writer import FeatureStoreWriter
+from st_kdmcse.files import byte_progress
 
 _LAYOUT = (
     '{"image.jpg": {"image_feat": [T numbers], "captions": [k strings], "lang_feat": [k lists of T numbers]}, ...}'

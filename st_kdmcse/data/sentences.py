@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets import config as datasets_config
 
-from st_kdmcse.data.files import byte_progress, sha256_file
 from st_kdmcse.data.seen import Seen
+from st_kdmcse.files import byte_progress, sha256_file
 
 logger = logging.getLogger(__name__)
 

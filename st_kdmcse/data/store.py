@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from datasets import Dataset
 
-from st_kdmcse.data.files import ByteProgress, byte_progress, sha256_file
 from st_kdmcse.data.layout import (
     ARROW,
     CSV,
@@ -35,6 +34,7 @@ from st_kdmcse.data.layout import (
     manifest_checksum,
     off_norm,
 )
+from st_kdmcse.files import ByteProgress, byte_progress, sha256_file
 
 _SAMPLED_ROWS = 256
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from datasets import config as datasets_config
 from torch import Tensor
 
-from st_kdmcse.data.files import progress_bar, write_folder
+from st_kdmcse.files import progress_bar, write_folder
 
 logger = logging.getLogger(__name__)
 

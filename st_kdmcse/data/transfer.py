@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from st_kdmcse.data.files import sha256_file
+from st_kdmcse.files import sha256_file
 
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 """The coarse question classes of TREC in the order of their labels."""

@@ -14,7 +14,6 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from st_kdmcse.data.files import sha256_file, sync_path
 from st_kdmcse.data.layout import (
     ARROW,
     FORMAT,
@@ -30,6 +29,7 @@ from st_kdmcse.data.layout import (
     off_norm,
 )
 from st_kdmcse.data.seen import Seen
+from st_kdmcse.files import sha256_file, sync_path
 
 
 class FeatureStoreWriter:

@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from st_kdmcse.data import FeatureStore, load_sts_benchmark
-from st_kdmcse.student import build_student
-from st_kdmcse.training import TrainingOptions, spearman, sts_evaluator, train
+from st_kdmcse.training.run import TrainingOptions, spearman, sts_evaluator, train
+from st_kdmcse.training.student import build_student
 
 TEACHER_DIR = Path(__file__).with_name("teacher")
 

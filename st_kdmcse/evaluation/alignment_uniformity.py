@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.data import STSPairs, STSTask
-from st_kdmcse.evaluation.encoding import encode_distinct
+from st_kdmcse.encoding import encode_distinct
 from st_kdmcse.evaluation.plots import COLORS, MARKERS, elided, new_figure
 from st_kdmcse.evaluation.sts import score_embeddings
 from st_kdmcse.functional import alignment, uniformity

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-from st_kdmcse.evaluation.encoding import Batch, encode_batches, token_batches
+from st_kdmcse.encoding import Batch, encode_batches, token_batches
 
 
 class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from st_kdmcse.data.sts import STS_TASKS, STSPairs, STSTask
-from st_kdmcse.evaluation.encoding import encode_distinct, encode_distinct_each, load_model
+from st_kdmcse.encoding import encode_distinct, encode_distinct_each, load_model
 from st_kdmcse.provenance import parameters_checksum
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def score_embeddings(
 
     Args:
         embeddings: gives the (N, dimension) embeddings of N sentences, such as
-            :class:`~st_kdmcse.evaluation.encoding.SentenceEmbeddings`.
+            :class:`~st_kdmcse.encoding.SentenceEmbeddings`.
         tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
     """
     similarities = {task.name: _cosines(embeddings(task.sentences1), embeddings(task.sentences2)) for task in tasks}

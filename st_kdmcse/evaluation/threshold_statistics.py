@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from st_kdmcse.data import FeatureStore, true_pair_score
-from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.layout import ROWS_PER_CHUNK, Array, Rows
 from st_kdmcse.data.thresholds import draw_images, unit_rows
 from st_kdmcse.evaluation.plots import COLORS, new_figure
+from st_kdmcse.files import progress_bar
 from st_kdmcse.provenance import device_name, provenance
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unused-ignore]
 
-from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
-from st_kdmcse.evaluation.encoding import SentenceEmbeddings, encode_distinct
+from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct
+from st_kdmcse.files import progress_bar
 from st_kdmcse.provenance import model_identity, provenance, write_json
 
 logger = logging.getLogger(__name__)

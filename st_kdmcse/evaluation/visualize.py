@@ -13,9 +13,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device, semantic_search
 
-from st_kdmcse.data.files import progress_bar
-from st_kdmcse.evaluation.encoding import encode_distinct
+from st_kdmcse.encoding import encode_distinct
 from st_kdmcse.evaluation.plots import COLORS, MARKERS, elided, new_figure
+from st_kdmcse.files import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

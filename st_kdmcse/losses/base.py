@@ -14,9 +14,9 @@ from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch import Tensor, nn
 
 from st_kdmcse import functional
-from st_kdmcse import heads as heads_io
-from st_kdmcse.heads import ProjectionHead
+from st_kdmcse.losses import heads as heads_io
 from st_kdmcse.losses.components import LossComponents
+from st_kdmcse.losses.heads import ProjectionHead
 
 Views = tuple[Tensor, Tensor]
 

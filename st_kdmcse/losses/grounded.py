@@ -13,9 +13,9 @@ from torch import Tensor
 
 from st_kdmcse import functional
 from st_kdmcse.config import KDMCSEConfig, SoftLabel
-from st_kdmcse.heads import ProjectionHead
 from st_kdmcse.losses.base import Rows, TwoViewLoss, Views, simcse
 from st_kdmcse.losses.components import LossComponents
+from st_kdmcse.losses.heads import ProjectionHead
 
 if TYPE_CHECKING:
     from st_kdmcse.data.resident import ResidentFeatures

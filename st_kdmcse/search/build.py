@@ -19,8 +19,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from st_kdmcse.data.files import progress_bar, sha256_file
 from st_kdmcse.data.seen import Seen
+from st_kdmcse.files import progress_bar, sha256_file
 from st_kdmcse.provenance import parameters_checksum, write_json
 from st_kdmcse.search.base import Matrix, Rows
 from st_kdmcse.search.encoding import encode_documents

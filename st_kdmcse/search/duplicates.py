@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.data.files import progress_bar
-from st_kdmcse.evaluation.encoding import encode_distinct
+from st_kdmcse.encoding import encode_distinct
+from st_kdmcse.files import progress_bar
 from st_kdmcse.search.base import Matrix
 from st_kdmcse.search.factory import load_faiss
 from st_kdmcse.search.records import Record

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.data.files import progress_bar
-from st_kdmcse.evaluation.encoding import BATCH_TOKENS, SentenceEmbeddings, length_batches, token_counts
+from st_kdmcse.encoding import BATCH_TOKENS, SentenceEmbeddings, length_batches, token_counts
+from st_kdmcse.files import progress_bar
 from st_kdmcse.search.base import Matrix
 
 

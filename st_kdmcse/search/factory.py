@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from st_kdmcse.data.files import progress_bar
+from st_kdmcse.files import progress_bar
 from st_kdmcse.search.base import Matrix
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 
-from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.heads import ProjectionHead, load_head
+from st_kdmcse.files import progress_bar
+from st_kdmcse.losses.heads import ProjectionHead, load_head
 from st_kdmcse.search.base import Matrix, Rows
 from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend

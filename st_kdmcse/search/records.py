@@ -20,10 +20,10 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from st_kdmcse.data.files import byte_progress, sha256_file
 from st_kdmcse.data.readers.table import is_parquet
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.data.sentences import named_errors, read_lines
+from st_kdmcse.files import byte_progress, sha256_file
 from st_kdmcse.search.base import MAX_ID_LENGTH
 
 OnEmpty = Literal["skip", "raise"]

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.data.files import write_folder
-from st_kdmcse.evaluation.encoding import load_model
+from st_kdmcse.encoding import load_model
+from st_kdmcse.files import write_folder
 from st_kdmcse.provenance import model_identity
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, Rows, SearchBackend

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from st_kdmcse.data import FeatureStore, FeatureStoreWriter, layout, true_pair_score
 from st_kdmcse.data import store as store_module
 from st_kdmcse.data import writer as writer_module
-from st_kdmcse.data.files import sha256_file
+from st_kdmcse.files import sha256_file
 
 DIM = 8
 

@@ -1,7 +1,7 @@
 import pytest
 
-from st_kdmcse.data.files import sha256_file
 from st_kdmcse.data.transfer import TRANSFER_TASKS, load_transfer_task
+from st_kdmcse.files import sha256_file
 
 HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
-from st_kdmcse.evaluation.encoding import SentenceEmbeddings, encode_distinct, load_model
+from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct, load_model
 from st_kdmcse.evaluation.transfer import TransferProtocol, classifier_input, evaluate_transfer, score_task
 
 ROOT = Path(__file__).resolve().parents[2]

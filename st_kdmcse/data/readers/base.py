@@ -14,9 +14,9 @@ from typing import Literal, TypeGuard
 
 import numpy as np
 
-from st_kdmcse.data.files import progress_bar
 from st_kdmcse.data.images import FileSlice, ImageSource
 from st_kdmcse.data.seen import Seen
+from st_kdmcse.files import progress_bar
 
 OnError = Literal["raise", "skip"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from scipy.stats import t as t_distribution
 
-from st_kdmcse.evaluation.statistics import (
+from st_kdmcse.experiments.statistics import (
     bootstrap_difference,
     bootstrap_scores,
     holm,

@@ -13,9 +13,9 @@ import pytest
 from scipy.stats import ttest_ind
 from small_runs import write_summary
 
-from st_kdmcse.evaluation.comparison import PRESENT, compare_runs
-from st_kdmcse.evaluation.document import Bullets, Heading, Paragraph, Table, to_html, to_markdown
-from st_kdmcse.evaluation.report import (
+from st_kdmcse.experiments.comparison import PRESENT, compare_runs
+from st_kdmcse.experiments.document import Bullets, Heading, Paragraph, Table, to_html, to_markdown
+from st_kdmcse.experiments.report import (
     check_output,
     curves_figure,
     margin_figure,
@@ -23,7 +23,7 @@ from st_kdmcse.evaluation.report import (
     write_report,
     write_sweep_report,
 )
-from st_kdmcse.evaluation.runs import find_runs, group_runs, read_run
+from st_kdmcse.experiments.runs import find_runs, group_runs, read_run
 
 
 @pytest.fixture

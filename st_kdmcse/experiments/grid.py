@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from st_kdmcse.data import import_released_json, sha256_file
-from st_kdmcse.data.files import byte_progress
+from st_kdmcse.files import byte_progress
 from st_kdmcse.provenance import write_json
-from st_kdmcse.training import (
+from st_kdmcse.training.run import (
     CHECKPOINTS_NAME,
     METHODS,
     RUN_NAME,
@@ -59,10 +59,10 @@ def method_grid(
 
     Args:
         root: the runs go to ``root/METHOD/seed-SEED``.
-        methods: names of :data:`~st_kdmcse.training.METHODS`.
+        methods: names of :data:`~st_kdmcse.training.run.METHODS`.
         seeds: a run each.
         config: options of :class:`~st_kdmcse.KDMCSEConfig`; a method gets those that it reads.
-        options: further options of :class:`~st_kdmcse.training.TrainingOptions`, the same for all. SimCSE gets the
+        options: further options of :class:`~st_kdmcse.training.run.TrainingOptions`, the same for all. SimCSE gets the
             captions as well, so that all methods see the same sentences.
 
     Returns:
@@ -101,7 +101,7 @@ def margin_grid(
         margins: m of Eq. 12 in radians, in [0, pi].
         seeds: a run each.
         config: further options of :class:`~st_kdmcse.KDMCSEConfig`.
-        options: further options of :class:`~st_kdmcse.training.TrainingOptions`, the same for all.
+        options: further options of :class:`~st_kdmcse.training.run.TrainingOptions`, the same for all.
 
     Returns:
         The runs, margin by margin.

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from st_kdmcse import FeatureStore, build_student
 from st_kdmcse.data import load_sts_benchmark, true_pair_score
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
-from st_kdmcse.training import (
+from st_kdmcse.training.run import (
     METHODS,
     TrainingOptions,
     changes_since_start,
@@ -33,7 +33,7 @@ from st_kdmcse.training import (
     train,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "training"))
 
 from train_flickr import main  # noqa: E402
@@ -319,7 +319,7 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
         prepare(copy)
         changes = {"text": copy / "text.txt", "features": copy / "features", "eval-data": copy, **changes}
     loaded = []
-    monkeypatch.setattr("st_kdmcse.training.build_student", lambda *_: loaded.append(1))
+    monkeypatch.setattr("st_kdmcse.training.run.build_student", lambda *_: loaded.append(1))
     result = run(arguments(**changes))
     assert result.exit_code == 2, result.output
     assert result.output.startswith("error: ")

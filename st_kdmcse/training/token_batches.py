@@ -14,9 +14,9 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_kdmcse.collator import KDMCSEDataCollator
 from st_kdmcse.data.tokens import TokenTable
-from st_kdmcse.schedule import ROW_COLUMN
+from st_kdmcse.training.collator import KDMCSEDataCollator
+from st_kdmcse.training.schedule import ROW_COLUMN
 
 _COMPARED = 64
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from st_kdmcse.examples import MultimodalInputExample, check_examples
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.grounded import GroundedLoss
-from st_kdmcse.schedule import pair_interval
+from st_kdmcse.training.examples import MultimodalInputExample, check_examples
+from st_kdmcse.training.schedule import pair_interval
 
 
 def fit_objectives(

@@ -23,7 +23,7 @@ from st_kdmcse import (
     build_student,
     unpadded,
 )
-from st_kdmcse.unpadding import unchecked_masks
+from st_kdmcse.training.unpadding import unchecked_masks
 
 N = 12
 

@@ -1,5 +1,6 @@
 """Two gloo processes of half the batch against one process of the whole batch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,20 @@ from helpers import copy_tree, free_port
 from st_kdmcse import KDMCSEConfig, KDMCSELoss
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+TESTS = WORKER.parents[1]
 
 
 def run(folder, world, steps, batch, lr, resume=0, mini_batch=0):
     port = str(free_port())
     arguments = [str(folder), str(steps), str(batch), str(lr), str(resume), str(mini_batch)]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(rank), str(world), port, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=environment,
         )
         for rank in range(world)
     ]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from st_kdmcse.data.images import FileSlice, ImageError
-from st_kdmcse.examples import MultimodalInputExample
 from st_kdmcse.teachers.base import Teacher, TeacherImage, batches, load_pixels
+from st_kdmcse.training.examples import MultimodalInputExample
 
 _LISTED = 10
 

@@ -1,11 +1,11 @@
-"""Tests of st_kdmcse.token_batches."""
+"""Tests of st_kdmcse.training.token_batches."""
 
 import pytest
 import torch
 from datasets import Dataset
 
-from st_kdmcse.collator import KDMCSEDataCollator
-from st_kdmcse.token_batches import TokenBatches
+from st_kdmcse.training.collator import KDMCSEDataCollator
+from st_kdmcse.training.token_batches import TokenBatches
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from st_kdmcse.evaluation.encoding import encode_distinct, encode_distinct_each, load_model
+from st_kdmcse.encoding import encode_distinct, encode_distinct_each, load_model
 
 SENTENCES = ["a dog", "the man sits on a small red ball in snow", "a dog", "snow", "women of the beach", "snow"]
 

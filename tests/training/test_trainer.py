@@ -22,7 +22,7 @@ from st_kdmcse import (
     SimCSELoss,
     build_student,
 )
-from st_kdmcse.trainer import CUDA_GRAPH_MODES
+from st_kdmcse.training.trainer import CUDA_GRAPH_MODES
 
 
 def sources(sentences, store):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from st_kdmcse.data.files import progress_bar
+from st_kdmcse.files import progress_bar
 
 Array = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

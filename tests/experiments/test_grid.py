@@ -15,8 +15,8 @@ from helpers import copy_tree, load_command
 from small_runs import flags, options, write_data
 
 from st_kdmcse import FeatureStore
-from st_kdmcse.evaluation.grid import margin_grid, method_grid, run_grid, shared_features
-from st_kdmcse.training import train
+from st_kdmcse.experiments.grid import margin_grid, method_grid, run_grid, shared_features
+from st_kdmcse.training.run import train
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,10 @@ from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerSta
 
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences, sha256_file
-from st_kdmcse.data.files import write_folder
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
+from st_kdmcse.files import write_folder
 from st_kdmcse.losses import (
     CachedKDMCSELoss,
     CachedMCSELoss,
@@ -42,8 +42,8 @@ from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.cached import GradientCaching
 from st_kdmcse.processes import cpu_only, processes
 from st_kdmcse.provenance import device_name, versions, write_json
-from st_kdmcse.student import build_student
-from st_kdmcse.trainer import CUDA_GRAPH_MODES, KDMCSETrainer, check_compilation
+from st_kdmcse.training.student import build_student
+from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, KDMCSETrainer, check_compilation
 
 logger = logging.getLogger(__name__)
 

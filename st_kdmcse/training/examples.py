@@ -27,7 +27,7 @@ class MultimodalInputExample(InputExample):
         text_features: (T,) features of the caption, from the same teacher.
         row: instead of the features, the caption's row in the :class:`~st_kdmcse.FeatureStore` that the loss holds.
         guid: an identifier that error messages repeat.
-        image: the image itself, a file or a PIL image, of which :func:`~st_kdmcse.attach.attach_features` makes the
+        image: the image itself, a file or a PIL image, of which :func:`~st_kdmcse.attach_features` makes the
             features; nothing else reads it.
 
     Example:

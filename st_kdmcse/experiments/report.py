@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from st_kdmcse.data.sts import STS_TASKS
-from st_kdmcse.evaluation.comparison import AVERAGE, PRESENT, SIGNIFICANCE, Comparison, Pair
-from st_kdmcse.evaluation.document import (
+from st_kdmcse.evaluation.plots import COLORS, MARKERS, new_figure
+from st_kdmcse.experiments.comparison import AVERAGE, PRESENT, SIGNIFICANCE, Comparison, Pair
+from st_kdmcse.experiments.document import (
     Block,
     Bullets,
     Heading,
@@ -26,9 +27,8 @@ from st_kdmcse.evaluation.document import (
     to_html,
     to_markdown,
 )
-from st_kdmcse.evaluation.plots import COLORS, MARKERS, new_figure
-from st_kdmcse.evaluation.runs import Group, Run, differing_settings
-from st_kdmcse.evaluation.statistics import Summary, summarize
+from st_kdmcse.experiments.runs import Group, Run, differing_settings
+from st_kdmcse.experiments.statistics import Summary, summarize
 from st_kdmcse.provenance import provenance, write_json
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, output: str | Path, title: str = "Compa
     """Write ``report.md`` with ``plots/*.png``, ``report.html`` and ``report.json``.
 
     Args:
-        comparison: from :func:`~st_kdmcse.evaluation.comparison.compare_runs`.
+        comparison: from :func:`~st_kdmcse.experiments.comparison.compare_runs`.
         output: folder; it is made if need be.
         title: of the report.
 

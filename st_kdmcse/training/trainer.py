@@ -20,13 +20,13 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput
 
-from st_kdmcse.collator import KDMCSEDataCollator
-from st_kdmcse.heads import HEADS_DIR
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
-from st_kdmcse.schedule import ROW_COLUMN, StepRatioBatchSampler
-from st_kdmcse.token_batches import TokenBatches
-from st_kdmcse.unpadding import unchecked_masks, unpadded
+from st_kdmcse.losses.heads import HEADS_DIR
+from st_kdmcse.training.collator import KDMCSEDataCollator
+from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler
+from st_kdmcse.training.token_batches import TokenBatches
+from st_kdmcse.training.unpadding import unchecked_masks, unpadded
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class KDMCSETrainer(SentenceTransformerTrainer):
     """The stock trainer, with what two sources and trained heads need.
 
     - **Schedule**: a ``DatasetDict`` of a text dataset (column ``sentence``) and a pair dataset (columns ``sentence``
-      and ``row``) is drawn as in Algorithm 1, see :class:`~st_kdmcse.schedule.StepRatioBatchSampler`.
+      and ``row``) is drawn as in Algorithm 1, see :class:`~st_kdmcse.training.schedule.StepRatioBatchSampler`.
     - **Heads** are saved in each checkpoint (folder ``heads``), restored by ``resume_from_checkpoint`` and
       ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
     - **Sentences** are tokenized once, ahead of training, into a file that is memory-mapped and found again by the next
       run; where a batch would not be the collator's, the collator makes it.
     - **Padding** is left out of what the student computes, where its encoder allows that, see
-      :func:`~st_kdmcse.unpadding.unpadded`.
+      :func:`~st_kdmcse.training.unpadding.unpadded`.
     - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
 
     Args:

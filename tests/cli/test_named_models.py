@@ -1,6 +1,6 @@
 import pytest
 
-from st_kdmcse.evaluation.named_models import named_models
+from st_kdmcse.cli.named_models import named_models
 
 
 def test_labels_and_paths(tmp_path, monkeypatch):

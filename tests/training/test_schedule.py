@@ -11,7 +11,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import ConcatDataset, RandomSampler
 
 from st_kdmcse import StepRatioBatchSampler
-from st_kdmcse.schedule import pair_interval
+from st_kdmcse.training.schedule import pair_interval
 
 
 def sampler(texts, pairs, batch_size, **options):

@@ -11,10 +11,10 @@ from sentence_transformers import SentenceTransformer
 from small_runs import options, write_data
 
 from st_kdmcse.data import load_sts_tasks
-from st_kdmcse.evaluation.comparison import PRESENT, compare_runs
-from st_kdmcse.evaluation.grid import method_grid, run_grid
-from st_kdmcse.evaluation.runs import find_runs, score_runs
 from st_kdmcse.evaluation.sts import evaluate_sts
+from st_kdmcse.experiments.comparison import PRESENT, compare_runs
+from st_kdmcse.experiments.grid import method_grid, run_grid
+from st_kdmcse.experiments.runs import find_runs, score_runs
 
 
 @pytest.fixture(scope="module")

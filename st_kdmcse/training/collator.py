@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from st_kdmcse.schedule import ROW_COLUMN
+from st_kdmcse.training.schedule import ROW_COLUMN
 
 
 @dataclass

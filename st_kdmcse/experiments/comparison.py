@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from st_kdmcse.data.sts import STS_TASKS, STSTask
-from st_kdmcse.evaluation.runs import Checkpoint, Group, Run, Scores, differing_settings, group_runs, score_runs
-from st_kdmcse.evaluation.statistics import (
+from st_kdmcse.experiments.runs import Checkpoint, Group, Run, Scores, differing_settings, group_runs, score_runs
+from st_kdmcse.experiments.statistics import (
     Array,
     Summary,
     bootstrap_difference,
@@ -139,7 +139,7 @@ def compare_runs(
     """Compare methods by finished training runs.
 
     Args:
-        runs: from :func:`~st_kdmcse.evaluation.runs.find_runs`.
+        runs: from :func:`~st_kdmcse.experiments.runs.find_runs`.
         tasks: STS tasks to score the models on; without them, the scores on STS-B from the training are compared.
         replicates: resamples of the paired bootstrap over the pairs of ``tasks``; 0 does without it.
         seed: of the resamples.

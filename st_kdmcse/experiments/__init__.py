@@ -1,0 +1,1 @@
+"""Many models: grids of training runs, their comparison over seeds, and the report."""
