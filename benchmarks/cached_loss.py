@@ -21,8 +21,9 @@ from tqdm import tqdm
 from training_step import TEACHER_DIM, random_sentences, random_student
 
 from st_kdmcse import CachedKDMCSELoss, KDMCSELoss
+from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.processes import memory_mib
-from st_kdmcse.provenance import check_output, device_name, versions, write_json
+from st_kdmcse.provenance import device_name, versions
 
 
 @click.command()
@@ -37,7 +38,7 @@ from st_kdmcse.provenance import check_output, device_name, versions, write_json
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(batch_sizes: tuple[int, ...], device: str | None, output: Path | None, **options: int) -> None:
     """Compare the cached loss with the plain one; a batch that does not fit on the GPU is null in the result."""
-    check_output(output)
+    check_output_file(output)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for batch_size in tqdm(batch_sizes, desc="batch sizes"):

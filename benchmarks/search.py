@@ -28,8 +28,9 @@ from tqdm import tqdm
 from st_kdmcse.data import FlickrTokens, iter_sentences
 from st_kdmcse.demo.run import minilm_folder
 from st_kdmcse.encoding import encode_distinct, load_model
+from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.processes import memory_mib
-from st_kdmcse.provenance import check_output, provenance, write_json
+from st_kdmcse.provenance import provenance
 from st_kdmcse.search import FaissBackend
 from st_kdmcse.search.base import Rows, unit_rows
 from st_kdmcse.search.factory import load_faiss
@@ -65,7 +66,7 @@ def main(
     output: Path | None,
 ) -> None:
     """Measure queries a second, recall, build time, memory and file size of each index."""
-    check_output(output)
+    check_output_file(output)
     with tempfile.TemporaryDirectory() as name:
         folder = cache or Path(name)
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ from st_kdmcse.data import STSTask, load_sts_tasks
 from st_kdmcse.demo.run import minilm_folder
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import STSEvaluator, evaluate_sts
-from st_kdmcse.provenance import provenance, write_json
+from st_kdmcse.files import write_json
+from st_kdmcse.provenance import provenance
 
 
 @click.command()

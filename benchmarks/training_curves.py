@@ -24,7 +24,8 @@ from transformers import set_seed
 
 from st_kdmcse import FeatureStore, KDMCSELoss, KDMCSETrainer, build_student, read_sentences
 from st_kdmcse.data import load_sts_benchmark
-from st_kdmcse.provenance import check_output, provenance, write_json
+from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.provenance import provenance
 from st_kdmcse.training.run import METRIC, sts_evaluator
 
 PLAIN, FAST, BF16 = "plain", "fast", "fast, bf16"
@@ -46,7 +47,7 @@ PLAIN, FAST, BF16 = "plain", "fast", "fast, bf16"
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(seeds: int, first_seed: int, bf16: bool, output: Path | None, **settings: Any) -> None:
     """Compare the losses of all steps and the scores on STS-B dev."""
-    check_output(output)
+    check_output_file(output)
     kinds = [PLAIN, FAST] + [BF16] * bf16
     with_dropout = range(first_seed, first_seed + seeds)
     runs = [(kind, 0.0, 0) for kind in kinds] + [(kind, 0.1, seed) for seed in with_dropout for kind in kinds]

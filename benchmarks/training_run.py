@@ -42,8 +42,9 @@ from transformers import (
 from st_kdmcse import FeatureStore, KDMCSELoss, KDMCSETrainer, read_sentences
 from st_kdmcse.data import STSPairs, load_sts_benchmark
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator
+from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.processes import memory_mib
-from st_kdmcse.provenance import check_output, provenance, write_json
+from st_kdmcse.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Settings:
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(tokenizer: str | None, rounds: int, only: tuple[str, ...], output: Path | None, **options: Any) -> None:
     """Measure steps and tokens a second, use of the hardware, times by phase, and peak memory."""
-    check_output(output)
+    check_output_file(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [name for name in CONTESTANTS if name in only or not only]
     if device == "cpu":

@@ -27,7 +27,8 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
 from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct, load_model
 from st_kdmcse.evaluation.transfer import TransferProtocol, score_task
-from st_kdmcse.provenance import parameters_checksum, provenance, write_json
+from st_kdmcse.files import write_json
+from st_kdmcse.provenance import parameters_checksum, provenance
 
 SMALL_C = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
 LARGE_C = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]

@@ -10,7 +10,8 @@ from st_kdmcse.data import STSTask, load_sts_benchmark
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.alignment_uniformity import alignment_uniformity, plot_alignment_uniformity, table
 from st_kdmcse.evaluation.plots import check_plot, save_figure
-from st_kdmcse.provenance import check_output, model_identity, provenance, write_json
+from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.provenance import model_identity, provenance
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -30,7 +31,7 @@ def main(models: tuple[str, ...], data_dir: str, output: Path | None, plot: Path
     """
     quiet_libraries()
     with friendly_errors():
-        check_output(output)
+        check_output_file(output)
         check_plot(plot)
         names = named_models(models)
         pairs = load_sts_benchmark(data_dir, "dev")

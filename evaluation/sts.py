@@ -9,7 +9,8 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_sts_tasks
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
-from st_kdmcse.provenance import check_output, provenance, write_json
+from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.provenance import provenance
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -39,7 +40,7 @@ def main(
     """Score a model on STS12 to STS16, STS-B and SICK-R (test sets): Spearman x 100 in SentEval's "all" setting."""
     quiet_libraries()
     with friendly_errors():
-        check_output(output)
+        check_output_file(output)
         names = [name.strip() for name in tasks.split(",")] if tasks else STS_TASKS
         found = load_sts_tasks(data_dir, names)
         encoder = load_model(model, device)

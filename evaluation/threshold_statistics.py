@@ -8,7 +8,7 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.evaluation.plots import check_plot, save_figure
 from st_kdmcse.evaluation.threshold_statistics import plot_threshold_statistics, threshold_statistics
-from st_kdmcse.provenance import check_output, write_json
+from st_kdmcse.files import check_output_file, write_json
 
 
 @click.command(context_settings={"max_content_width": 120, "show_default": True})
@@ -35,7 +35,7 @@ def main(
     """
     quiet_libraries()
     with friendly_errors():
-        check_output(output)
+        check_output_file(output)
         check_plot(plot)
         statistics = threshold_statistics(FeatureStore.open(store), sample_images, quantile, batch_size, seed)
         click.echo(str(statistics))

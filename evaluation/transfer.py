@@ -9,7 +9,7 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.transfer import AVERAGE, TransferProtocol, evaluate_transfer
-from st_kdmcse.provenance import check_output
+from st_kdmcse.files import check_output_file
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -40,7 +40,7 @@ def main(
     """Score a model on MR, CR, SUBJ, MPQA, SST2, TREC and MRPC: logistic regression on frozen embeddings."""
     quiet_libraries()
     with friendly_errors(f"stopped: the same command goes on after the tasks in {output}" if output else "stopped"):
-        check_output(output)
+        check_output_file(output)
         names = [name.strip() for name in tasks.split(",")] if tasks else list(TRANSFER_TASKS)
         result = evaluate_transfer(
             load_model(model, device),

@@ -19,7 +19,8 @@ from st_kdmcse.evaluation.visualize import (
     neighbours_text,
     plot_dropout_maps,
 )
-from st_kdmcse.provenance import check_output, model_identity, provenance, write_json
+from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.provenance import model_identity, provenance
 
 PathOption = click.Path(path_type=Path)
 Models = click.argument("models", metavar="MODEL...", nargs=-1, required=True)
@@ -43,7 +44,7 @@ def tsne(
     """Draw sentences that are encoded repeatedly under dropout, a panel for each MODEL."""
     quiet_libraries()
     with friendly_errors():
-        check_output(output)
+        check_output_file(output)
         check_plot(plot)
         names = named_models(models)
         chosen = list(DEFAULT_SENTENCES) if sentences is None else list(iter_sentences(sentences, deduplicate=True))
@@ -81,7 +82,7 @@ def neighbours(
     with friendly_errors():
         if output is not None and output.suffix not in (".md", ".json"):
             raise ValueError(f"--output {output}: name a .md or a .json file")
-        check_output(output)
+        check_output_file(output)
         names = named_models(models)
         sentences = list(iter_sentences(corpus, column, deduplicate=True))
         loaded = {label: load_model(path) for label, path in names.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from st_kdmcse._version import __version__
+
 if TYPE_CHECKING:
     from st_kdmcse import functional
     from st_kdmcse.config import KDMCSEConfig
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from st_kdmcse.training.trainer import KDMCSETrainer
     from st_kdmcse.training.unpadding import unpadded
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ArcCSELoss",
     "CachedKDMCSELoss",
@@ -44,6 +44,7 @@ __all__ = [
     "MultimodalInputExample",
     "SimCSELoss",
     "StepRatioBatchSampler",
+    "__version__",
     "attach_features",
     "build_student",
     "check_examples",

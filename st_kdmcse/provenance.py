@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse import __version__
+from st_kdmcse._version import __version__
+from st_kdmcse.files import read_json, write_json
 
 _LIBRARIES = (
     "sentence-transformers",
@@ -110,31 +110,46 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_output(path: Path | None) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold.
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What differs between two records of settings, in words.
 
     Args:
-        path: the file; None for none. Its folder is made if need be.
+        earlier: the settings of before.
+        now: the settings of now; settings that only ``earlier`` has are not compared.
+        free: settings that may differ.
+
+    Returns:
+        Sentences such as "max_steps was 100, is 200".
+
+    Example:
+        >>> differences({"seed": 1, "lr": 0.1}, {"seed": 2, "lr": 0.1})
+        ['seed was 1, is 2']
+    """
+    return [
+        f"{name} was {earlier.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in free and earlier.get(name) != value
+    ]
+
+
+def claim(path: Path, record: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """Write the settings of a piece of work into its folder, or compare them with those that it was begun with.
+
+    Args:
+        path: the JSON file of the settings; its folder is made.
+        record: the settings, for JSON.
+        remedy: what to do if they differ, for the error.
+
+    Returns:
+        The settings that the work was begun with.
 
     Raises:
-        ValueError: if it is a folder, or its folder cannot be made or written to.
+        ValueError: if the folder was begun with other settings (names them), or the file is damaged.
     """
-    if path is None:
-        return
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"the folder of {path} cannot be made: {error}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent} cannot be written to: name a file elsewhere")
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all; its folder is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    if not path.is_file():
+        write_json(path, record, keep_existing=True)  # of several processes, the first one writes
+    earlier = read_json(path, remedy)
+    changes = differences(earlier, json.loads(json.dumps(record)))
+    if changes:
+        raise ValueError(f"the work in {path.parent} was begun with other settings ({'; '.join(changes)}): {remedy}")
+    return earlier

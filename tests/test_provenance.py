@@ -4,7 +4,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.provenance import check_output, parameters_checksum, provenance, write_json
+from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.provenance import parameters_checksum, provenance
 
 
 def test_the_checksum_follows_the_parameters(student, tmp_path):
@@ -40,10 +41,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
-    check_output(None)
-    check_output(tmp_path / "new" / "results.json")
+    check_output_file(None)
+    check_output_file(tmp_path / "new" / "results.json")
     with pytest.raises(ValueError, match="is a folder: name a file in it"):
-        check_output(tmp_path)
+        check_output_file(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"the folder of .*results\.json cannot be made"):
-        check_output(tmp_path / "file" / "results.json")
+        check_output_file(tmp_path / "file" / "results.json")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Literal
 
@@ -27,12 +24,6 @@ ROWS_PER_BATCH = 65_536
 ROWS_PER_CHUNK = 16_384
 # Norms of float16 and bfloat16 unit vectors stray from 1 by less than this: their rounding errors average out.
 NORM_TOLERANCE = 2e-3
-
-
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content, without the checksum itself."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def off_norm(features: Array) -> npt.NDArray[np.bool_]:

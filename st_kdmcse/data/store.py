@@ -31,10 +31,9 @@ from st_kdmcse.data.layout import (
     FeatureDtype,
     Rows,
     as_rows,
-    manifest_checksum,
     off_norm,
 )
-from st_kdmcse.files import ByteProgress, byte_progress, sha256_file
+from st_kdmcse.files import ByteProgress, byte_progress, manifest_checksum, sha256_file
 
 _SAMPLED_ROWS = 256
 

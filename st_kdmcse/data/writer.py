@@ -25,11 +25,10 @@ from st_kdmcse.data.layout import (
     VERSION,
     Array,
     FeatureDtype,
-    manifest_checksum,
     off_norm,
 )
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.files import sha256_file, sync_path
+from st_kdmcse.files import manifest_checksum, sha256_file, sync_path
 
 
 class FeatureStoreWriter:

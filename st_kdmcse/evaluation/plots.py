@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from st_kdmcse.provenance import check_output
+from st_kdmcse.files import check_output_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def check_plot(path: Path | None) -> None:
     new_figure()
     if path.suffix.lower() not in _ENDINGS:
         raise ValueError(f"{path}: name a file that ends in {', '.join(_ENDINGS)}")
-    check_output(path)
+    check_output_file(path)
 
 
 def elided(text: str, length: int) -> str:

@@ -33,8 +33,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unus
 
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
 from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct
-from st_kdmcse.files import progress_bar
-from st_kdmcse.provenance import model_identity, provenance, write_json
+from st_kdmcse.files import progress_bar, write_json
+from st_kdmcse.provenance import model_identity, provenance
 
 logger = logging.getLogger(__name__)
 

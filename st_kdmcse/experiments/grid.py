@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from st_kdmcse.data import import_released_json, sha256_file
-from st_kdmcse.files import byte_progress
-from st_kdmcse.provenance import write_json
+from st_kdmcse.files import byte_progress, write_json
 from st_kdmcse.training.run import (
     CHECKPOINTS_NAME,
     METHODS,

@@ -29,7 +29,8 @@ from st_kdmcse.experiments.document import (
 )
 from st_kdmcse.experiments.runs import Group, Run, differing_settings
 from st_kdmcse.experiments.statistics import Summary, summarize
-from st_kdmcse.provenance import provenance, write_json
+from st_kdmcse.files import write_json
+from st_kdmcse.provenance import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

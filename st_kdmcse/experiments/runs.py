@@ -21,8 +21,8 @@ from st_kdmcse.data import sha256_file
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
-from st_kdmcse.files import progress_bar
-from st_kdmcse.provenance import provenance, write_json
+from st_kdmcse.files import progress_bar, write_json
+from st_kdmcse.provenance import provenance
 from st_kdmcse.training.run import CHECKPOINTS_NAME, LAST_NAME, METHODS, RUN_NAME, SUMMARY_NAME
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.files import progress_bar, sha256_file
-from st_kdmcse.provenance import parameters_checksum, write_json
+from st_kdmcse.files import progress_bar, sha256_file, write_json
+from st_kdmcse.provenance import parameters_checksum
 from st_kdmcse.search.base import Matrix, Rows
 from st_kdmcse.search.encoding import encode_documents
 from st_kdmcse.search.factory import Reordered, build_faiss, check_recall_target, held_out_swaps

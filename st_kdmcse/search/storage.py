@@ -17,8 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from st_kdmcse.data.layout import manifest_checksum
-from st_kdmcse.files import byte_progress, sha256_file, sync_path
+from st_kdmcse.files import byte_progress, manifest_checksum, sha256_file, sync_path
 from st_kdmcse.provenance import versions
 from st_kdmcse.search.factory import Tuning, load_faiss
 from st_kdmcse.search.faiss_backend import FaissBackend

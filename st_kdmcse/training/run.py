@@ -29,7 +29,7 @@ from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_st
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
-from st_kdmcse.files import write_folder
+from st_kdmcse.files import write_folder, write_json
 from st_kdmcse.losses import (
     CachedKDMCSELoss,
     CachedMCSELoss,
@@ -41,7 +41,7 @@ from st_kdmcse.losses import (
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.cached import GradientCaching
 from st_kdmcse.processes import cpu_only, processes
-from st_kdmcse.provenance import device_name, versions, write_json
+from st_kdmcse.provenance import device_name, versions
 from st_kdmcse.training.student import build_student
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, KDMCSETrainer, check_compilation
 

@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 
 from st_kdmcse.data.inspection import inspect_store
-from st_kdmcse.data.layout import SCHEMA, manifest_checksum
+from st_kdmcse.data.layout import SCHEMA
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.data.writer import FeatureStoreWriter
+from st_kdmcse.files import manifest_checksum
 
 DIM = 6
 

@@ -12,7 +12,7 @@ import torch
 from helpers import copy_tree
 
 from st_kdmcse import build_student
-from st_kdmcse.data.layout import manifest_checksum
+from st_kdmcse.files import manifest_checksum
 from st_kdmcse.search import SemanticIndex, UnknownIdError
 from st_kdmcse.search.storage import locked, read_manifest
 
