@@ -24,9 +24,10 @@ from transformers import set_seed
 
 from st_kdmcse import FeatureStore, KDMCSELoss, KDMCSETrainer, build_student, read_sentences
 from st_kdmcse.data import load_sts_benchmark
+from st_kdmcse.evaluation.similarity import sts_evaluator
 from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.provenance import provenance
-from st_kdmcse.training.run import METRIC, sts_evaluator
+from st_kdmcse.training.callbacks import METRIC
 
 PLAIN, FAST, BF16 = "plain", "fast", "fast, bf16"
 

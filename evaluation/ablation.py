@@ -9,7 +9,7 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, split_options
 from st_kdmcse.experiments.grid import method_grid, run_grid
 from st_kdmcse.experiments.report import write_report
-from st_kdmcse.training.run import METHODS
+from st_kdmcse.training.methods import METHODS
 
 
 @click.command(context_settings={"max_content_width": 120})

@@ -26,7 +26,6 @@ class KDMCSEConfig:
     filtering".
 
     Args:
-        teacher: open_clip name of the CLIP model that the recipe uses; a note for feature extraction, not for the loss.
         margin: m of AdapACSE in radians, in [0, pi] (Eq. 12).
         margin_guard: apply the margin only to negatives whose angle exceeds it.
         temperature: of the two cross-modal terms, > 0.
@@ -56,7 +55,6 @@ class KDMCSEConfig:
         0.15
     """
 
-    teacher: str = _option("ViT-B-32", "open_clip name of the CLIP teacher that the recipe uses")
     margin: float = _option(0.125, "AdapACSE margin in radians; 0 is without AdapACSE")
     margin_guard: bool = _option(True, "apply the margin only to negatives whose angle exceeds it")
     temperature: float = _option(0.05, "temperature of the cross-modal terms")
@@ -121,7 +119,6 @@ class KDMCSEConfig:
 
 
 _RELEASED: dict[str, Any] = {
-    "teacher": "ViT-L-14",
     "margin": 0.15,
     "text_margin": 0.15,
     "image_soft_label": "image-image",

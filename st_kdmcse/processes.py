@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+_STATUS = Path("/proc/self/status")
+
 
 def cpu_only() -> bool:
-    """Whether to say that there is only a CPU: accelerate does not distribute over one otherwise."""
+    """Whether the processes run on a CPU: accelerate must be told, to distribute over it."""
     return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
@@ -23,7 +25,16 @@ def processes() -> PartialState:
 
 
 def memory_mib(entry: str = "VmHWM") -> float:
-    """Resident memory of this process in MiB, at most so far (VmHWM) or now (VmRSS); Linux only."""
+    """Resident memory of this process in MiB; Linux only.
+
+    Args:
+        entry: "VmHWM" for the peak, "VmRSS" for now.
+    """
     # Not getrusage: its peak begins with the size of the process that started this one.
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 2**10
+
+
+def peak_memory_mib() -> int | None:
+    """Peak of the resident memory of this process in MiB; None on a system that does not tell (all but Linux)."""
+    return round(memory_mib()) if _STATUS.is_file() else None

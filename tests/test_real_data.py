@@ -6,7 +6,8 @@ import pytest
 
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.demo import run as demo
-from st_kdmcse.training.run import TrainingOptions, train
+from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.run import train
 
 
 def test_training_on_the_real_formats(shared_data, minilm, tmp_path):

@@ -3,13 +3,13 @@
 from typing import Any
 
 from st_kdmcse.cli.training import run_training, training_command
-from st_kdmcse.training.presets import DatasetRecipe
+from st_kdmcse.training.presets import DatasetPreset
 
 
 @training_command("coco")
-def main(recipe: DatasetRecipe, arguments: dict[str, Any]) -> None:
+def main(preset: DatasetPreset, arguments: dict[str, Any]) -> None:
     """Train."""
-    run_training(arguments, recipe)
+    run_training(arguments, preset)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ from click.core import ParameterSource
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.training import run_training, training_command
-from st_kdmcse.training.presets import DatasetRecipe
+from st_kdmcse.training.presets import DatasetPreset
 
 
 @click.option("--demo", is_flag=True, help="Train on the embedded scenes: no network, no data, a few minutes.")
 @training_command("flickr")
-def main(recipe: DatasetRecipe, arguments: dict[str, Any]) -> None:
+def main(preset: DatasetPreset, arguments: dict[str, Any]) -> None:
     """Train, or run the demo."""
     if not arguments.pop("demo"):
-        run_training(arguments, recipe)
+        run_training(arguments, preset)
         return
     from st_kdmcse.demo.run import run_demo
 

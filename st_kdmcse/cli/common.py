@@ -1,8 +1,9 @@
-"""What all commands share."""
+"""What all commands share: quiet libraries, errors in one line, and parameters shown as the flags of the command."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 import click
@@ -11,13 +12,44 @@ from transformers.utils import logging as transformers_logging
 
 from st_kdmcse.data import BadRowError
 
+_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
+_PREFIXES = ("", "extraction_")
+
 
 def quiet_libraries() -> None:
-    """Leave what a user waits for: the messages of this package, and the progress bar of the trainer or its own."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    """Show the messages of this package and one progress bar at a time, and silence the libraries under it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_FlagFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("st_kdmcse").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
+
+
+def with_flags(message: str) -> str:
+    """A message of the library in the words of the command that runs: ```batch_size``` becomes ``--batch-size``.
+
+    Args:
+        message: with parameters in backquotes; those that the command does not have stay as they are.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return message
+    flags: dict[str, str] = {}
+    for parameter in context.command.params:
+        if isinstance(parameter, click.Option) and parameter.name:
+            flags[parameter.name] = max(parameter.opts, key=len)
+
+    def flag(match: re.Match[str]) -> str:
+        found = (flags.get(prefix + match[1]) for prefix in _PREFIXES)
+        return next((each for each in found if each), match[0])
+
+    return _PARAMETER.sub(flag, message)
+
+
+class _FlagFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return with_flags(super().format(record))
 
 
 class friendly_errors:  # noqa: N801 - a context manager, named like one
@@ -35,9 +67,9 @@ class friendly_errors:  # noqa: N801 - a context manager, named like one
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, KeyboardInterrupt):
-            click.echo(f"\n{str(error) or self._after_interrupt}", err=True)
+            click.echo(f"\n{with_flags(str(error)) or self._after_interrupt}", err=True)
             sys.exit(130)
         if isinstance(error, ValueError | OSError | ImportError):
             remedy = "; --on-error skip leaves bad rows out, and lists them" if isinstance(error, BadRowError) else ""
-            click.echo(f"error: {error}{remedy}", err=True)
+            click.echo(f"error: {with_flags(str(error))}{remedy}", err=True)
             sys.exit(2)

@@ -15,8 +15,10 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Threshold
 from st_kdmcse.extraction import ExtractionOptions
-from st_kdmcse.training.presets import DATASETS, DatasetRecipe
-from st_kdmcse.training.run import COMPILE_MODES, METHODS, TrainingOptions, train
+from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
+from st_kdmcse.training.presets import PRESETS, DatasetPreset
+from st_kdmcse.training.run import train
 
 Command = Callable[..., Any]
 
@@ -36,29 +38,29 @@ class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 def training_command(dataset: str) -> Callable[[Command], click.Command]:
-    """Make a training script's command of a function, which gets the recipe of its data set and the options by name.
+    """Make a training script's command of a function, which gets the preset of its data set and the options by name.
 
     Args:
-        dataset: a name of :data:`~st_kdmcse.training.presets.DATASETS`.
+        dataset: a name of :data:`~st_kdmcse.training.presets.PRESETS`.
     """
-    recipe = DATASETS[dataset]
+    preset = PRESETS[dataset]
     script = f"python training/train_{dataset}.py"
-    text = f"""Train a sentence encoder with knowledge from CLIP, on {recipe.title}.
+    text = f"""Train a sentence encoder with knowledge from CLIP, on {preset.title}.
 
     \b
-    {script} --text wiki1m_for_simcse.txt {recipe.example}
+    {script} --text wiki1m_for_simcse.txt {preset.example}
     {script} --text wiki1m_for_simcse.txt --features {dataset}-features
 
-    The first form extracts the features of a CLIP model first, into OUTPUT_DIR/features or where --features says.
+    The first form begins with the features of a CLIP model: it writes them to OUTPUT_DIR/features, or to --features.
     """
 
     def decorate(function: Command) -> click.Command:
         def run(**arguments: Any) -> None:
-            function(recipe, arguments)
+            function(preset, arguments)
 
         command = config_options(run)
-        command = extraction_options(command, in_training=True, **recipe.extraction)
-        command = training_options(command, recipe.output_dir)
+        command = extraction_options(command, in_training=True, **preset.extraction)
+        command = training_options(command, preset.output_dir)
         settings = {"show_default": False, "max_content_width": 120}
         return click.command(help=text, context_settings=settings)(command)
 
@@ -66,12 +68,12 @@ def training_command(dataset: str) -> Callable[[Command], click.Command]:
 
 
 def config_options(command: Command) -> Command:
-    """Give a command an option for every field of :class:`KDMCSEConfig`; one that is not given is None.
+    """Give a command an option for every field of :class:`KDMCSEConfig`; its value is None if it is not given.
 
-    Two fields have a short form, which the command does not see: ``--threshold`` sets both thresholds.
+    ``--threshold`` sets both thresholds; the command sees those two only.
     """
     types = get_type_hints(KDMCSEConfig)
-    for option in reversed([option for option in fields(KDMCSEConfig) if option.name != "teacher"]):
+    for option in reversed(fields(KDMCSEConfig)):
         flag = "--" + option.name.replace("_", "-")
         kind: Any = types[option.name]
         if kind is bool:
@@ -80,7 +82,7 @@ def config_options(command: Command) -> Command:
             kind = _ThresholdType()
         elif get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
-        text = f"{option.metadata['help']}  [paper: {option.default}; released: {_released(option.name)}]"
+        text = f"{_sentence(option.metadata['help'])}  [paper: {option.default}; released: {_released(option.name)}]"
         command = click.option(flag, option.name, type=kind, default=None, help=text)(command)
     return _threshold_option(command)
 
@@ -97,7 +99,7 @@ def _threshold_option(command: Command) -> Command:
                 context.set_parameter_source(name, context.get_parameter_source("threshold") or ParameterSource.DEFAULT)
         return command(**arguments)
 
-    text = "short for both --image-threshold and --text-threshold; either of them goes before it"
+    text = "Threshold of both branches; --image-threshold and --text-threshold override it."
     return click.option("--threshold", type=_ThresholdType(), default=None, help=text)(with_both)
 
 
@@ -171,25 +173,25 @@ def training_options(command: Command, output_dir: Path) -> Command:
     return command
 
 
-def run_training(arguments: dict[str, Any], dataset: DatasetRecipe) -> None:
+def run_training(arguments: dict[str, Any], preset: DatasetPreset) -> None:
     """Train with parsed options, report, and exit: 2 for bad input, 130 after Ctrl-C.
 
     Args:
         arguments: values of :func:`training_options`, :func:`config_options` and :func:`extraction_options` by name.
-        dataset: what its config says holds where the arguments say nothing.
+        preset: gives the config and the teacher where the arguments do not.
     """
     quiet_libraries()
     names = {option.name for option in fields(KDMCSEConfig)}
     given = {name: value for name, value in arguments.items() if name in names and value is not None}
     given = {name: None if value == "none" else value for name, value in given.items()}
-    usual = {name: value for name, value in dataset.config.items() if name in METHODS[arguments["method"]].reads}
+    usual = {name: value for name, value in preset.config.items() if name in METHODS[arguments["method"]].reads}
     extraction = {
         name.removeprefix(_EXTRACTION): value for name, value in arguments.items() if name.startswith(_EXTRACTION)
     }
     with friendly_errors("stopped; the same command (with --resume, once training had begun) goes on from there"):
         options = TrainingOptions(
             config=usual | given,
-            extraction=_extraction(extraction, arguments["recipe"]),
+            extraction=_extraction(extraction, preset.teachers[arguments["recipe"]]),
             **{
                 name: value
                 for name, value in arguments.items()
@@ -201,9 +203,9 @@ def run_training(arguments: dict[str, Any], dataset: DatasetRecipe) -> None:
         click.echo(report(summary, options.output_dir))
 
 
-def _extraction(given: dict[str, Any], recipe: str) -> ExtractionOptions | None:
+def _extraction(given: dict[str, Any], teacher: str) -> ExtractionOptions | None:
     if given["captions"] is not None:
-        given["teacher"] = given["teacher"] or getattr(KDMCSEConfig, recipe)().teacher
+        given["teacher"] = given["teacher"] or teacher
         return ExtractionOptions(**given)
     context = click.get_current_context()
     unused = [
@@ -214,7 +216,7 @@ def _extraction(given: dict[str, Any], recipe: str) -> ExtractionOptions | None:
         and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
     ]
     if unused:
-        raise ValueError(f"{', '.join(unused)}: only with --captions, from which features are extracted")
+        raise ValueError(f"{', '.join(unused)}: give --captions too, from which features are extracted")
     return None
 
 
@@ -239,6 +241,10 @@ def report(summary: dict[str, Any], output_dir: Path) -> str:
         f'    SentenceTransformer("{output_dir}").encode(["A dog runs on the beach."])',
     ]
     return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _released(name: str) -> object:

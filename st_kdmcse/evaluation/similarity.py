@@ -9,6 +9,7 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
+from st_kdmcse.data.sts import STSPairs
 from st_kdmcse.encoding import Batch, encode_batches, token_batches
 
 
@@ -48,3 +49,18 @@ class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):
         batches = self._batches[id(sentences)]
         read = lambda output: {"": output["sentence_embedding"]}  # noqa: E731
         return encode_batches(model, batches, len(sentences), read, lambda _: None)[""]
+
+
+def sts_evaluator(pairs: STSPairs, name: str) -> TokenizedSimilarityEvaluator:
+    """The evaluator of sentence pairs, whose main score is the Spearman correlation of cosines with the gold.
+
+    Args:
+        pairs: the sentences and their gold scores.
+        name: of the evaluator, such as "sts-dev"; it begins the names of the metrics.
+    """
+    return TokenizedSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name)
+
+
+def spearman(evaluator: TokenizedSimilarityEvaluator, model: SentenceTransformer) -> float:
+    """The main score of a model, from -1 to 1."""
+    return float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])

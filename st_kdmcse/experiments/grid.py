@@ -18,19 +18,12 @@ import torch
 
 from st_kdmcse.data import import_released_json, sha256_file
 from st_kdmcse.files import byte_progress, write_json
-from st_kdmcse.training.run import (
-    CHECKPOINTS_NAME,
-    METHODS,
-    RUN_NAME,
-    SUMMARY_NAME,
-    Interrupted,
-    StopOnSignal,
-    TrainingOptions,
-    changes_since_start,
-    check_inputs,
-    data_checksums,
-    train,
-)
+from st_kdmcse.training.callbacks import Interrupted, StopOnSignal
+from st_kdmcse.training.inputs import check_inputs, data_checksums
+from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.run import changes_since_start, train
+from st_kdmcse.training.run_folder import CHECKPOINTS_NAME, RUN_NAME, SUMMARY_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +51,11 @@ def method_grid(
 
     Args:
         root: the runs go to ``root/METHOD/seed-SEED``.
-        methods: names of :data:`~st_kdmcse.training.run.METHODS`.
+        methods: names of :data:`~st_kdmcse.training.methods.METHODS`.
         seeds: a run each.
         config: options of :class:`~st_kdmcse.KDMCSEConfig`; a method gets those that it reads.
-        options: further options of :class:`~st_kdmcse.training.run.TrainingOptions`, the same for all. SimCSE gets the
-            captions as well, so that all methods see the same sentences.
+        options: further options of :class:`~st_kdmcse.training.options.TrainingOptions`, the same for all. SimCSE
+            gets the captions as well, so that all methods see the same sentences.
 
     Returns:
         The runs, method by method.
@@ -100,7 +93,7 @@ def margin_grid(
         margins: m of Eq. 12 in radians, in [0, pi].
         seeds: a run each.
         config: further options of :class:`~st_kdmcse.KDMCSEConfig`.
-        options: further options of :class:`~st_kdmcse.training.run.TrainingOptions`, the same for all.
+        options: further options of :class:`~st_kdmcse.training.options.TrainingOptions`, the same for all.
 
     Returns:
         The runs, margin by margin.

@@ -23,7 +23,8 @@ from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
 from st_kdmcse.files import progress_bar, write_json
 from st_kdmcse.provenance import provenance
-from st_kdmcse.training.run import CHECKPOINTS_NAME, LAST_NAME, METHODS, RUN_NAME, SUMMARY_NAME
+from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.run_folder import CHECKPOINTS_NAME, LAST_NAME, RUN_NAME, SUMMARY_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -85,8 +85,7 @@ class KDMCSELoss(GroundedLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        teacher = self.features.teacher if self.features is not None else self.config.teacher
-        return {**asdict(self.config), "teacher": teacher, **super().get_config_dict()}
+        return {**asdict(self.config), **super().get_config_dict()}
 
     @property
     def citation(self) -> str:

@@ -1,0 +1,165 @@
+"""What a run reads: sentences, teacher features and STS-B, loaded and checked before a model is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoConfig
+
+from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences
+from st_kdmcse.data.sts import STSTask
+from st_kdmcse.extraction import extract_dataset
+from st_kdmcse.files import sha256_file
+from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.run_folder import FEATURES_NAME
+from st_kdmcse.training.student import build_student
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """The data of a run.
+
+    Attributes:
+        sources: the datasets "text" and "pairs", as far as there are any.
+        store: the teacher features, or None.
+        dev: STS-B dev, None without evaluation.
+        test: STS-B test, None without evaluation.
+        checksums: SHA-256 of the data by name, see :func:`data_checksums`.
+    """
+
+    sources: dict[str, Dataset]
+    store: FeatureStore | None
+    dev: STSPairs | None
+    test: STSPairs | None
+    checksums: dict[str, str]
+
+    @classmethod
+    def load(cls, options: TrainingOptions, state: PartialState) -> TrainingInputs:
+        """Load and check the data; extract or convert features that are not there yet.
+
+        Args:
+            options: the run.
+            state: this process among those of the run.
+
+        Raises:
+            ValueError, FileNotFoundError, ConnectionError: for data that cannot be trained on; names the file.
+        """
+        _check_paths(options)
+        dev, test = _load_sts(options)
+        sources: dict[str, Dataset] = {}
+        checksums = _sts_checksums(dev, test)
+        store = None
+        if options.text is not None:
+            sources["text"] = read_sentences(options.text, options.text_column, options.deduplicate)
+            checksums["text"] = sha256_file(options.text)
+        if options.has_features:
+            store = _open_features(options, state)
+            if state.is_main_process:
+                store.verify()
+            sources["pairs"] = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
+            checksums["features"] = store.checksum
+        return cls(sources, store, dev, test, checksums)
+
+
+def check_inputs(options: TrainingOptions) -> None:
+    """Load what a run reads and its encoder, to find bad input before the first of many runs.
+
+    Features that are still to be extracted or converted are not checked.
+
+    Args:
+        options: any of the runs.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: for what the run would fail of; names the parameter or the file.
+    """
+    _check_paths(options)
+    encoder_type(options.model)
+    _load_sts(options)
+    if options.text is not None:
+        read_sentences(options.text, options.text_column, options.deduplicate)
+    if options.features is not None and options.extraction is None and options.features.is_dir():
+        FeatureStore.open(options.features).verify()
+    try:
+        build_student(options.model, options.max_seq_length)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the libraries raise for damaged or missing weights
+        raise ValueError(f"`model` {options.model} cannot be loaded: {error}") from error
+
+
+def data_checksums(options: TrainingOptions) -> dict[str, str]:
+    """SHA-256 of the data of a run: "text", "features", and where it evaluates "sts-dev" and "sts-test".
+
+    Args:
+        options: the run, with its features, if any, in a feature store.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: if the data are absent or malformed.
+    """
+    _check_paths(options)
+    checksums = _sts_checksums(*_load_sts(options))
+    if options.text is not None:
+        checksums["text"] = sha256_file(options.text)
+    if options.features is not None:
+        checksums["features"] = FeatureStore.open(options.features).checksum
+    return checksums
+
+
+def encoder_type(model: str) -> str:
+    """The type of an encoder, such as "bert", from its configuration alone.
+
+    Args:
+        model: hub name or folder.
+
+    Raises:
+        ValueError: if there is no such encoder.
+    """
+    try:
+        return str(AutoConfig.from_pretrained(model).model_type)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` {model} is neither the folder of an encoder (with a config.json) nor a name that the hub knows, "
+            f"or the hub cannot be reached: {error}"
+        ) from error
+
+
+def _check_paths(options: TrainingOptions) -> None:
+    for name in ("text", "features"):
+        path = getattr(options, name)
+        written = name == "features" and options.extraction is not None
+        if path is not None and not path.exists() and not written:
+            raise FileNotFoundError(f"`{name}` {path} does not exist")
+
+
+def _load_sts(options: TrainingOptions) -> tuple[STSPairs | None, STSPairs | None]:
+    """STS-B dev and test, for a run that evaluates."""
+    if not options.eval_steps:
+        return None, None
+    return load_sts_benchmark(options.eval_data, "dev"), load_sts_benchmark(options.eval_data, "test")
+
+
+def _sts_checksums(*splits: STSPairs | None) -> dict[str, str]:
+    return {pairs.name: STSTask("STS-B", (pairs,)).checksum for pairs in splits if pairs is not None}
+
+
+def _open_features(options: TrainingOptions, state: PartialState) -> FeatureStore:
+    converted = options.output_dir / FEATURES_NAME
+    if options.extraction is not None:
+        path = options.features or converted
+        report = extract_dataset(options.extraction, path)
+        if state.is_main_process:
+            logger.info("features: %s", report)
+        return FeatureStore.open(path)
+    path = Path(options.features or "")
+    if path.is_dir():
+        return FeatureStore.open(path)
+    with state.main_process_first():
+        if converted.exists():  # a run that is resumed: for a new one the folder is empty
+            return FeatureStore.open(converted)
+        return import_released_json(path, converted)

@@ -1,0 +1,169 @@
+"""What to train, on what, and how: one frozen class with its checks, and the arguments that follow for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from st_kdmcse.config import KDMCSEConfig
+from st_kdmcse.extraction import ExtractionOptions
+from st_kdmcse.processes import cpu_only
+from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
+from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, check_compilation
+
+COMPILE_MODES = ("default", *CUDA_GRAPH_MODES)
+"""Modes of ``torch.compile`` that training offers."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What to train, on what, and how. None stands for the default that depends on the recipe, encoder or device.
+
+    Args:
+        model: hub name or folder of the encoder to start from.
+        text: file of sentences, one a line (plain or gzip), or a column of a Parquet file.
+        text_column: the column of a Parquet file.
+        deduplicate: leave out repeated sentences.
+        features: a feature store, or a JSON file in the KDMCSE authors' format. With ``extraction``, the folder that
+            the store is written to; None writes it into ``output_dir``.
+        extraction: the image-caption data set and the teacher that features come from.
+        recipe: the paper's choices or those of its released code.
+        method: a name of :data:`~st_kdmcse.training.methods.METHODS`.
+        config: options of :class:`~st_kdmcse.KDMCSEConfig` that differ from the recipe.
+        eval_data: SentEval directory, or a dataset with STS-B's columns (hub name or folder).
+        output_dir: folder of the run; must be empty or absent, except for a run that is resumed.
+        epochs: passes over the larger source.
+        max_steps: optimizer steps, instead of epochs.
+        batch_size: sentences a step and device; 64, for RoBERTa 128.
+        mini_batch_size: sentences in a forward pass; turns on gradient caching, for batches that do not fit in memory.
+            None or 0 turns it off.
+        lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
+        max_seq_length: longest sentence in tokens; longer ones are cut off.
+        pair_every: steps from one pair batch to the next; None computes it from the sizes.
+        captions_per_image: draw that many captions of each image; None takes all.
+        seed: seed of initialisation, data order and dropout.
+        eval_steps: steps between evaluations on STS-B dev; 0 turns evaluation off.
+        save_steps: steps between checkpoints. A single process writes one every ten minutes as well.
+        gather_across_devices: use the batches of all devices as negatives.
+        compile: mode of ``torch.compile`` for the student ("default", or "reduce-overhead" with CUDA graphs, which
+            exclude ``mini_batch_size``); the lengths of batches are then multiples of 8 tokens.
+        unpad: leave padding out of what the student computes; None does so on a CPU where the student allows it.
+        bf16: bfloat16 autocast; None turns it on where a GPU has it.
+        workers: processes that tokenize.
+        report_to: where the trainer reports: "none", "tensorboard", "wandb", ...
+        resume: go on from the newest checkpoint in ``output_dir``.
+
+    Raises:
+        ValueError: for options that exclude each other or are out of range; names the parameter.
+    """
+
+    model: str = "bert-base-uncased"
+    text: Path | None = None
+    text_column: str | None = None
+    deduplicate: bool = False
+    features: Path | None = None
+    extraction: ExtractionOptions | None = None
+    recipe: Literal["paper", "released"] = "paper"
+    method: str = "kdmcse"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    eval_data: str = "sentence-transformers/stsb"
+    output_dir: Path = Path("kdmcse-bert")
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int | None = None
+    mini_batch_size: int | None = None
+    lr: float | None = None
+    max_seq_length: int = 32
+    pair_every: int | None = None
+    captions_per_image: int | None = None
+    seed: int = 42
+    eval_steps: int = 125
+    save_steps: int = 1000
+    gather_across_devices: bool = False
+    compile: str | None = None
+    unpad: bool | None = None
+    bf16: bool | None = None
+    workers: int = 0
+    report_to: str = "none"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("epochs", "max_steps", "batch_size", "lr", "captions_per_image", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}")
+        for name in ("eval_steps", "workers", "mini_batch_size"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        if self.pair_every is not None and self.pair_every < 2:
+            raise ValueError(f"`pair_every` must be at least 2 (every second batch holds pairs), got {self.pair_every}")
+        unread = [f"`{name}`" for name in self.config if name not in METHODS[self.method].reads]
+        if unread:
+            raise ValueError(f"method {self.method} has no option {', '.join(sorted(unread))}")
+        if METHODS[self.method].needs_features and not self.has_features:
+            raise ValueError(
+                f"method {self.method} learns from teacher features: give `features`, or `captions` and `images`"
+            )
+        if self.text is None and not self.has_features:
+            raise ValueError("there is nothing to train on: give `text`, `features`, or both")
+        if self.bf16 and not torch.cuda.is_available():
+            raise ValueError("`bf16` needs a GPU")
+        if self.compile not in (None, *COMPILE_MODES):
+            raise ValueError(f"`compile` must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
+        if self.compile:
+            check_compilation(self.compile, self.unpad, bool(self.mini_batch_size))
+        self.loss_config()
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there are teacher features, or a data set to extract them from."""
+        return self.features is not None or self.extraction is not None
+
+    def loss_config(self) -> KDMCSEConfig:
+        """The recipe with the overrides of the method and of the user."""
+        recipe = KDMCSEConfig.released if self.recipe == "released" else KDMCSEConfig.paper
+        return recipe(**{**self.config, **METHODS[self.method].fixed})
+
+    def trainer_arguments(self, roberta: bool) -> SentenceTransformerTrainingArguments:
+        """The arguments of the stock trainer.
+
+        Args:
+            roberta: whether the encoder is a RoBERTa, for which batch size and learning rate have other defaults.
+        """
+        cuda = torch.cuda.is_available()
+        evaluates = self.eval_steps > 0
+        return SentenceTransformerTrainingArguments(
+            output_dir=str(self.output_dir / CHECKPOINTS_NAME),
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps or -1,
+            per_device_train_batch_size=self.batch_size or (128 if roberta else 64),
+            learning_rate=self.lr or (1e-5 if roberta else 3e-5),
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=(cuda and torch.cuda.is_bf16_supported()) if self.bf16 is None else self.bf16,
+            torch_compile=self.compile is not None,
+            torch_compile_mode=self.compile,
+            seed=self.seed,
+            use_cpu=cpu_only(),
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=self.eval_steps if evaluates else None,
+            save_strategy="steps",
+            save_steps=self.save_steps,
+            save_total_limit=2,
+            logging_steps=25,
+            logging_nan_inf_filter=False,  # the filter would wait for the device at each step
+            report_to=self.report_to,
+            dataloader_num_workers=self.workers,
+            dataloader_pin_memory=cuda,
+            accelerator_config={"non_blocking": cuda},
+        )

@@ -1,0 +1,145 @@
+"""The folder of a run: what is where in it, who may write to it, and which checkpoint to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from st_kdmcse.files import read_json, write_json
+from st_kdmcse.provenance import differences
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_NAME = "training_summary.json"
+RUN_NAME = "run.json"
+CHECKPOINTS_NAME = "checkpoints"
+FEATURES_NAME = "features"
+LAST_NAME = "last"
+
+_STATE_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    "training_args.bin",
+)
+
+# Options that may differ between a run and its resumption: they do not change what is computed, or (text, features)
+# their content is compared.
+_FREE_TO_CHANGE = frozenset(
+    {"resume", "report_to", "output_dir", "workers", "text", "features", "extraction", "eval_data", "save_steps"}
+)
+_DAMAGED = "remove its folder and train again"
+
+
+def check_output_dir(output_dir: Path, resume: bool, extracts: bool) -> None:
+    """Refuse a folder that a run must not write to.
+
+    Args:
+        output_dir: the folder; it may be absent.
+        resume: whether a run in it is resumed.
+        extracts: whether features are extracted first, into this folder.
+
+    Raises:
+        ValueError: if it is a file or holds something else, or there is nothing to resume; says what to do.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`output_dir` {output_dir} is a file")
+    found = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    found = {name for name in found if not name.endswith(".tmp")}  # a file that was being written at a kill
+    if extracts and found and all(name.startswith(FEATURES_NAME) for name in found):
+        return  # an extraction that was interrupted or finished, and no training yet
+    if resume:
+        if found and not (output_dir / RUN_NAME).is_file():
+            raise ValueError(f"`output_dir` {output_dir} holds no run to resume: there is no {RUN_NAME} in it")
+        if (output_dir / SUMMARY_NAME).is_file():
+            raise ValueError(f"the run in {output_dir} is finished: its results are in {output_dir / SUMMARY_NAME}")
+    elif found:
+        remedy = "choose another directory"
+        if (output_dir / RUN_NAME).is_file():
+            remedy = f"add `resume` to go on with it, or {remedy}"
+        elif found == {FEATURES_NAME}:
+            remedy = f"move the converted features out of it and give them as `features`, or {remedy}"
+        raise ValueError(f"`output_dir` {output_dir} is not empty: {remedy}")
+
+
+def claim_run(output_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the record of a new run into its folder, or read that of the run which is resumed.
+
+    Args:
+        output_dir: the folder; it is made.
+        record: "options", "processes", "bf16" and "data_sha256" of the run, for JSON.
+
+    Returns:
+        The record that the run was started with.
+
+    Raises:
+        ValueError: if a run with other options or data was started here; names each difference.
+    """
+    path = output_dir / RUN_NAME
+    for left in output_dir.glob(".*.tmp"):  # files that were being written at a kill
+        left.unlink()
+    if not path.is_file():
+        write_json(path, record)
+        return dict(record)
+    earlier = read_json(path, _DAMAGED)
+    changes = changes_of_run(path, earlier, record)
+    if changes:
+        raise ValueError(
+            f"the run in {output_dir} was started with other options or data: {'; '.join(changes)}. Give those again, "
+            "or choose another directory"
+        )
+    return earlier
+
+
+def changes_of_run(path: Path, earlier: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """What differs between two records of a run, in words.
+
+    Args:
+        path: the file of the earlier record, for the error.
+        earlier: the record of before.
+        record: the record of now.
+
+    Raises:
+        ValueError: if the earlier record is damaged.
+    """
+    try:
+        before, now = (
+            {**each["options"], "processes": each["processes"], "bf16": each["bf16"]} for each in (earlier, record)
+        )
+        checksums, now_checksums = earlier["data_sha256"], record["data_sha256"]
+        changes = differences(before, now, _FREE_TO_CHANGE)
+        names = sorted({*checksums, *now_checksums})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {_DAMAGED}") from error
+    return changes + [
+        f"the {name} data have changed" for name in names if checksums.get(name) != now_checksums.get(name)
+    ]
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None if there is none.
+
+    Args:
+        output_dir: the folder of the run.
+    """
+    complete = []
+    for path in (output_dir / CHECKPOINTS_NAME).glob("checkpoint-*"):
+        # The trainer's state is written after everything else: with it, a checkpoint is whole.
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete; an earlier checkpoint is used", path)
+            continue
+        complete.append((int(path.name.rpartition("-")[2]), path))
+    return max(complete)[1] if complete else None
+
+
+def copy_model(checkpoint: Path, target: Path) -> None:
+    """Copy the model of a checkpoint, without the state of the trainer."""
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*_STATE_FILES), dirs_exist_ok=True)

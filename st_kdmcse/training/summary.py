@@ -1,0 +1,96 @@
+"""The records that a run leaves: what it was started with, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from st_kdmcse.processes import peak_memory_mib
+from st_kdmcse.provenance import device_name, versions
+from st_kdmcse.training.callbacks import METRIC
+from st_kdmcse.training.inputs import TrainingInputs
+from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.thresholds import BranchFilter
+from st_kdmcse.training.trainer import KDMCSETrainer
+
+
+def run_record(
+    options: TrainingOptions, checksums: Mapping[str, str], arguments: SentenceTransformerTrainingArguments
+) -> dict[str, Any]:
+    """What a run is started with, for ``run.json``.
+
+    Args:
+        options: the run.
+        checksums: SHA-256 of its data by name.
+        arguments: those of the trainer.
+    """
+    return {
+        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "processes": arguments.world_size,
+        "bf16": arguments.bf16,
+        "batch_size": arguments.per_device_train_batch_size,
+        "learning_rate": arguments.learning_rate,
+        "data_sha256": dict(checksums),
+    }
+
+
+def training_summary(
+    options: TrainingOptions,
+    trainer: KDMCSETrainer,
+    run: Mapping[str, Any],
+    inputs: TrainingInputs,
+    test_score: float | None,
+    filters: Sequence[BranchFilter],
+    seconds: float,
+) -> dict[str, Any]:
+    """What came of a run, for ``training_summary.json``.
+
+    Args:
+        options: the run.
+        trainer: after training.
+        run: the record that the run was started with.
+        inputs: its data.
+        test_score: Spearman correlation of the best model on STS-B test, from -1 to 1; None without evaluation.
+        filters: what the filter of each branch removes.
+        seconds: training time of this process, without what came before a resumption.
+    """
+    history = trainer.state.log_history
+    curve = [{"step": entry["step"], "spearman": entry[METRIC]} for entry in history if METRIC in entry]
+    best = max(curve, key=lambda point: point["spearman"], default=None)
+    cuda = torch.cuda.is_available()
+    return {
+        "method": options.method,
+        "recipe": options.recipe,
+        "config": trainer.head_losses[0].get_config_dict(),
+        "options": run["options"],
+        "batch_size": trainer.args.per_device_train_batch_size,
+        "learning_rate": trainer.args.learning_rate,
+        "bf16": trainer.args.bf16,
+        "processes": trainer.args.world_size,
+        "steps": trainer.state.global_step,
+        "seed": options.seed,
+        "data_sha256": inputs.checksums,
+        "teacher": inputs.store.teacher if inputs.store else None,
+        "filters": [asdict(branch) for branch in filters],
+        "sts_dev_before": run.get("score_before"),
+        "sts_dev_curve": curve,
+        "sts_dev_best": best,
+        "sts_dev_last": curve[-1] if curve else None,
+        "sts_test_of_best": test_score,
+        "losses": [entry for entry in history if "loss" in entry],
+        "train_seconds": round(seconds, 1),
+        "resumed": options.resume,
+        "peak_memory_mib": {
+            "device": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
+            "process": peak_memory_mib(),
+        },
+        "device": device_name(),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,69 @@
+"""What the filter of false negatives removes, found out before a run of hours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from st_kdmcse.config import SoftLabel
+from st_kdmcse.data.scores import negatives_removed
+from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.losses.kdmcse import KDMCSELoss
+
+
+@dataclass(frozen=True)
+class BranchFilter:
+    """The filter of a branch, and its effect on a sample of the feature store.
+
+    Attributes:
+        branch: "image" or "caption".
+        option: the field of :class:`~st_kdmcse.KDMCSEConfig` that sets the threshold.
+        score: the teacher similarity that is compared with the threshold.
+        threshold: the score from which a negative leaves.
+        removed: share, from 0 to 1, of the negatives of other images that leave.
+    """
+
+    branch: str
+    option: str
+    score: SoftLabel
+    threshold: float
+    removed: float
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether no negative of the sample leaves."""
+        return self.removed == 0
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a filter that removes nothing."""
+        return (
+            f"the filter of the {self.branch} branch removes nothing: no {self.score} score of this teacher reaches "
+            f'{self.threshold:g}. Set `{self.option}` to "auto", or to a score that the features reach'
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.branch} branch: the filter removes negatives with a {self.score} score from {self.threshold:.3f} "
+            f"on, {100 * self.removed:.2f} % in a sample of the features"
+        )
+
+
+def branch_filters(loss: TwoViewLoss) -> list[BranchFilter]:
+    """The filters of a loss with their effect on a sample of its feature store.
+
+    Args:
+        loss: any loss; one without a filter or without a feature store gives an empty list.
+    """
+    if not isinstance(loss, KDMCSELoss) or loss.features is None or not loss.config.filter_negatives:
+        return []
+    config, found = loss.config, []
+    for branch, option, score, threshold in (
+        ("image", "image_threshold", config.image_filter, config.image_threshold),
+        ("caption", "text_threshold", config.text_filter, config.text_threshold),
+    ):
+        if isinstance(threshold, float | int):
+            removed = negatives_removed(
+                loss.features, score, threshold, score=config.filter_score, inclusive=config.filter_inclusive
+            )
+            found.append(BranchFilter(branch, option, score, float(threshold), removed))
+    return found

@@ -1,0 +1,63 @@
+"""What the filters remove is said before a run."""
+
+import logging
+
+import numpy as np
+import pytest
+from small_runs import options, write_data
+
+from st_kdmcse import KDMCSEConfig, KDMCSELoss, MCSELoss
+from st_kdmcse.training import TrainingOptions, train
+from st_kdmcse.training.thresholds import branch_filters
+
+
+def removed(store, pair, threshold):
+    """The share of negatives from a threshold on, by a loop over all pairs of captions."""
+    batch = store.gather(np.arange(len(store)))
+    features = {"image": batch.image_features.astype(float), "text": batch.text_features.astype(float)}
+    anchor, candidate = (features[name] for name in pair.split("-"))
+    hits = total = 0
+    for i in range(len(store)):
+        for j in range(len(store)):
+            if batch.image_rows[i] != batch.image_rows[j]:
+                total += 1
+                cosine = anchor[i] @ candidate[j] / np.linalg.norm(anchor[i]) / np.linalg.norm(candidate[j])
+                hits += cosine >= threshold
+    return hits / total
+
+
+def test_shares_are_those_of_a_loop_over_all_pairs(student, store):
+    config = KDMCSEConfig(image_threshold=0.2, text_threshold=0.35)
+    image, caption = branch_filters(KDMCSELoss(student, config, store.dim, store))
+    assert (image.branch, image.threshold, caption.branch, caption.threshold) == ("image", 0.2, "caption", 0.35)
+    assert image.removed == pytest.approx(removed(store, "text-image", 0.2), abs=1e-6)
+    assert caption.removed == pytest.approx(removed(store, "text-text", 0.35), abs=1e-6)
+    assert 0 < image.removed < 1
+    assert not image.removes_nothing
+
+
+def test_losses_without_a_filter_have_none(student, store):
+    assert branch_filters(MCSELoss(student, features=store, teacher_dim=store.dim)) == []
+    assert branch_filters(KDMCSELoss(student, KDMCSEConfig(filter_negatives=False), store.dim, store)) == []
+    assert branch_filters(KDMCSELoss(student, KDMCSEConfig(), store.dim)) == []
+    only = branch_filters(KDMCSELoss(student, KDMCSEConfig(image_threshold=None), store.dim, store))
+    assert [branch.branch for branch in only] == ["caption"]
+
+
+@pytest.mark.parametrize("threshold", [0.99999, 0.3])
+def test_a_run_says_what_each_filter_removes_and_warns_where_that_is_nothing(
+    tmp_path, tiny_bert, sentences, store, caplog, threshold
+):
+    data = write_data(tmp_path, sentences, store)
+    config = {"image_threshold": threshold, "text_threshold": "auto"}
+    run = TrainingOptions(**options(data, tiny_bert, config=config, max_steps=1, output_dir=tmp_path / "out"))
+    with caplog.at_level(logging.INFO, "st_kdmcse"):
+        summary = train(run)
+    said = [record.getMessage() for record in caplog.records if "branch" in record.getMessage()]
+    assert sum(text.startswith("image branch: ") for text in said) == 1
+    assert sum(text.startswith("caption branch: ") for text in said) == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warned = [text for text in warnings if "removes nothing" in text]
+    assert len(warned) == (threshold > 0.9)
+    assert all('Set `image_threshold` to "auto"' in text for text in warned)
+    assert [branch["removed"] == 0 for branch in summary["filters"]] == [threshold > 0.9, False]
