@@ -49,7 +49,7 @@ def photos(tmp_path_factory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-collect_ignore = ["training/distributed_worker.py", "killed_worker.py", "search/killed_index_worker.py"]
+collect_ignore_glob = ["*_worker.py", "*/*_worker.py"]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import st_kdmcse
 
@@ -19,3 +20,7 @@ import st_kdmcse, st_kdmcse.training.run, st_kdmcse.cli.main, st_kdmcse.cli.trai
 
 def test_public_names_are_documented():
     assert all(getattr(st_kdmcse, name).__doc__ for name in st_kdmcse.__all__)
+
+
+def test_the_metadata_has_the_version_of_the_package():
+    assert st_kdmcse.__version__ == version("st-kdmcse")

@@ -10,9 +10,10 @@ pytest.importorskip("open_clip")
 from PIL import Image
 from sentence_transformers import InputExample
 
-from st_kdmcse import KDMCSEConfig, KDMCSELoss, MultimodalInputExample, build_student, check_examples, fit_objectives
+from st_kdmcse import KDMCSEConfig, KDMCSELoss, MultimodalInputExample, build_student, fit_objectives
 from st_kdmcse.teachers import CombinedTeacher, OpenCLIPTeacher, SentenceTransformerTeacher
 from st_kdmcse.training.attach import attach_features
+from st_kdmcse.training.examples import check_examples
 
 TEXTS = ["a dog runs", "two dogs on the grass", "a man sits", "a child plays with the large red ball", "snow"]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from sentence_transformers import InputExample
 
-from st_kdmcse import MultimodalInputExample, check_examples
+from st_kdmcse import MultimodalInputExample
+from st_kdmcse.training.examples import check_examples
 
 IMAGE, TEXT = np.arange(1, 5, dtype=np.float32), np.arange(5, 9, dtype=np.float32)
 

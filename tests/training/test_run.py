@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -344,6 +343,10 @@ def test_a_run_is_not_resumed_with_other_options_or_data(arguments, data, tmp_pa
     result = run(arguments(resume=True, seed=7))
     assert result.exit_code == 2
     assert "seed was 42, is 7" in result.output
+    (tmp_path / "other.txt").write_text((data / "text.txt").read_text() + "One more sentence .\n")
+    result = run(arguments(resume=True, text=tmp_path / "other.txt"))
+    assert result.exit_code == 2
+    assert "the text data have changed" in result.output
 
 
 def test_other_data_are_noticed(data, tiny_bert, tmp_path):
@@ -421,53 +424,42 @@ def test_the_best_model_is_kept_between_checkpoints_and_found_by_resuming(argume
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-def start(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "training" / "train_flickr.py"), *arguments],
-        env=environment,
+def signalled(end, act, arguments):
+    """The script in a process of its own, which gets a signal when it writes a path with this end."""
+    return subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("signalled_worker.py")), end, act, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=240,
     )
 
 
-def wait_for_checkpoint(process, folder):
-    deadline = time.monotonic() + 120
-    while latest_checkpoint(folder) is None:
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_ctrl_c_and_kill_cost_nothing(arguments, tmp_path):
-    flags = {"max-steps": 240, "eval-steps": 40, "save-steps": 40}
-    whole = start(arguments(**flags, **{"output-dir": tmp_path / "whole"}))
-    assert whole.wait(300) == 0, whole.communicate()[0][-3000:]
-    stopped = start(arguments(**flags))
-    wait_for_checkpoint(stopped, tmp_path / "out")
-    stopped.send_signal(signal.SIGINT)
-    output, _ = stopped.communicate(timeout=120)
-    assert stopped.returncode == 130, output[-3000:]
-    assert "--resume to go on" in output
-    assert not (tmp_path / "out" / "training_summary.json").exists()
-    reached = latest_checkpoint(tmp_path / "out")
-    killed = start(arguments(**flags, resume=True))
-    deadline = time.monotonic() + 120
-    while latest_checkpoint(tmp_path / "out") == reached and killed.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    killed.kill()
-    killed.communicate()
-    resumed = start(arguments(**flags, resume=True))
-    assert resumed.wait(300) == 0, resumed.communicate()[0][-3000:]
+    flags = {"max-steps": 24, "eval-steps": 4, "save-steps": 4, "lr": "0.001"}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    result = signalled("nowhere", "kill", arguments(**flags, **{"output-dir": whole}))
+    assert result.returncode == 0, result.stdout[-3000:]
+
+    stopped = signalled("checkpoint-8/trainer_state.json", "interrupt", arguments(**flags))
+    assert stopped.returncode == 130, stopped.stdout[-3000:]
+    assert "with --resume to go on" in stopped.stdout
+    assert not (out / "training_summary.json").exists()
+    assert latest_checkpoint(out).name == "checkpoint-9"  # the signal ends the step after it
+
+    killed = signalled("checkpoint-16/trainer_state.json", "kill", arguments(**flags, resume=True))
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
+    assert (out / "checkpoints/checkpoint-16/model.safetensors").is_file()
+    assert latest_checkpoint(out).name == "checkpoint-12"
+
+    resumed = signalled("nowhere", "kill", arguments(**flags, resume=True))
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
     for name in ("model.safetensors", "heads/heads.safetensors"):
         for model in ("", "last"):
-            expected, actual = (load_file(tmp_path / run / model / name) for run in ("whole", "out"))
+            expected, actual = (load_file(run / model / name) for run in (whole, out))
             assert all(torch.equal(value, actual[key]) for key, value in expected.items()), (model, name)
-    curves = [
-        json.loads((tmp_path / run / "training_summary.json").read_text())["sts_dev_curve"] for run in ("whole", "out")
-    ]
+    curves = [json.loads((run / "training_summary.json").read_text())["sts_dev_curve"] for run in (whole, out)]
     assert curves[0] == curves[1]
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import ConcatDataset, RandomSampler
 
-from st_kdmcse import StepRatioBatchSampler
-from st_kdmcse.training.schedule import pair_interval
+from st_kdmcse.training.schedule import StepRatioBatchSampler, pair_interval
 
 
 def sampler(texts, pairs, batch_size, **options):
