@@ -32,6 +32,34 @@ if TYPE_CHECKING:
     from st_kdmcse.training.trainer import KDMCSETrainer
     from st_kdmcse.training.unpadding import unpadded
 
+__all__ = [
+    "ArcCSELoss",
+    "CachedKDMCSELoss",
+    "CachedMCSELoss",
+    "CachedSimCSELoss",
+    "FeatureStore",
+    "FeatureStoreWriter",
+    "KDMCSEConfig",
+    "KDMCSEDataCollator",
+    "KDMCSELoss",
+    "KDMCSETrainer",
+    "MCSELoss",
+    "MultimodalInputExample",
+    "OpenCLIPTeacher",
+    "STSEvaluator",
+    "SemanticIndex",
+    "SimCSELoss",
+    "__version__",
+    "attach_features",
+    "build_student",
+    "extract",
+    "fit_objectives",
+    "functional",
+    "import_released_json",
+    "read_sentences",
+    "unpadded",
+]
+
 _MODULES = {
     "ArcCSELoss": "losses",
     "CachedKDMCSELoss": "losses",
@@ -58,12 +86,6 @@ _MODULES = {
     "unpadded": "training.unpadding",
 }
 """The module of each public name."""
-
-__all__ = [
-    "__version__",
-    "functional",
-    *_MODULES,
-]
 
 
 def __getattr__(name: str) -> Any:
