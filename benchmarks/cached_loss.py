@@ -1,6 +1,6 @@
 """Peak memory and time of a step of CachedKDMCSELoss against KDMCSELoss at growing batch sizes, in one run.
 
-Each measurement is a process of its own that does nothing but take steps on pair batches: tokens and features are
+Each measurement runs in its own process and takes steps on pair batches only: tokens and features are
 ready, and the student has random weights. Peak memory is the allocator's on a GPU. On a CPU (Linux) it is that of the
 process: whole, and what the steps added to interpreter, libraries and weights.
 """

@@ -3,7 +3,7 @@
 Both encode the same images and captions with the same weights, batch size, number of decoding processes and precision;
 they take turns, and each round gives a ratio. The plain loop is what one would write by hand: a DataLoader of files, a
 loop over captions, numpy.save. The extraction does all that it does for a user: parts, checksums, the joined store.
-Peak memory is that of a process of its own, for a small and for a large data set (the same files under other names).
+Peak memory is measured in a separate process, for a small and for a large data set (the same files under other names).
 """
 
 from __future__ import annotations

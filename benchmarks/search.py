@@ -1,7 +1,7 @@
 """Search with each kind of index, beside ``sentence_transformers.util.semantic_search`` on the same embeddings.
 
 The corpus is real sentences encoded by all-MiniLM-L6-v2; beyond them, copies with a little noise fill it up. Queries
-are sentences that were taken out of it. Each index is built, tuned to the recall and searched in a process of its own,
+are sentences that were taken out of it. Each index is built, tuned to the recall and searched in its own process,
 so that its peak memory is its own; what is timed is a search from query embeddings to texts.
 """
 
@@ -53,7 +53,7 @@ ROUNDS = 3
     show_default=True,
     help="':' is FAISS's ','; auto is chosen by size.",
 )
-@click.option("--recall-target", default=0.96, show_default=True, help="Of the tuning; recall is then measured anew.")
+@click.option("--recall-target", default=0.96, show_default=True, help="Recall to tune the index to; the recall is then measured on other queries.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(
     captions: Path | None,

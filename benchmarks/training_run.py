@@ -1,6 +1,6 @@
 """The whole training loop at real shapes, beside the stock trainer and a loop in the style of research code.
 
-Each contestant trains in a process of its own, with the same encoder, sentences, pairs, batch size, learning rate and
+Each contestant trains in its own process, with the same encoder, sentences, pairs, batch size, learning rate and
 evaluation; rounds alternate, so that a drifting machine does not matter. What is timed are whole runs of the trainer
 after some steps to warm up: data, steps, logging and evaluation, without loading and saving. Times by phase come from a
 further, shorter run in which the device is waited for after each phase.
@@ -365,7 +365,7 @@ class Clock(TrainerCallback):
         model[0].auto_model.get_input_embeddings().register_forward_pre_hook(count_computed)
 
     def count_tokens_of_two_views(self, loss: torch.nn.Module) -> None:
-        """The same for a compiled encoder, which computes padding; counting in it would compile it anew each time."""
+        """The same for a compiled encoder, which computes padding; counting inside would compile it again each time."""
 
         def count(module: Any, arguments: tuple[Any, ...]) -> None:
             if module.training:

@@ -2,7 +2,7 @@
 
 Encoder, batch, data and optimizer are the same for all; the steps of a round are taken in turn, in changing order, and
 compared within the round, so that a drifting machine does not matter. The stock loss gets each sentence twice, which is
-how SimCSE is trained with it. Peak memory is the allocator's on a GPU; on a CPU it is that of a process of its own for
+how SimCSE is trained with it. Peak memory is the allocator's on a GPU; on a CPU it is that of a separate process for
 each kind of step, whole, so that the ratio includes interpreter, libraries and weights.
 """
 

@@ -12,7 +12,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="st-kdmcse-tests-")  #
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Tests send Ctrl-C to themselves and to processes of theirs; what was started in the background may ignore it.
+# Tests send Ctrl-C to themselves and to their processes; a shell starts background jobs with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np

@@ -108,7 +108,7 @@ def make_demo_data(folder: Path, seed: int = 42) -> None:
     """Write the demo's data in the formats of real data: images, a feature store, sentences, STS-B files.
 
     Args:
-        folder: where to; made if need be.
+        folder: where the data go; it is made.
         seed: of the scenes.
     """
     from st_kdmcse.demo.scenes import captions, make_pairs, make_scenes, render

@@ -123,7 +123,7 @@ def changes_of_run(path: Path, earlier: Mapping[str, Any], record: Mapping[str, 
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None if there is none.
+    """The newest complete checkpoint of a run, or None.
 
     Args:
         output_dir: the folder of the run.
