@@ -53,7 +53,12 @@ ROUNDS = 3
     show_default=True,
     help="':' is FAISS's ','; auto is chosen by size.",
 )
-@click.option("--recall-target", default=0.96, show_default=True, help="Recall to tune the index to; the recall is then measured on other queries.")
+@click.option(
+    "--recall-target",
+    default=0.96,
+    show_default=True,
+    help="Recall to tune the index to; the recall is then measured on other queries.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(
     captions: Path | None,
