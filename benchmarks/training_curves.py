@@ -77,7 +77,7 @@ def curve(kind: str, dropout: float, seed: int, settings: dict[str, Any], starte
             module.p = dropout
     dev = load_sts_benchmark(settings["eval_data"], "dev")
     store = FeatureStore.open(settings["features"])
-    loss = KDMCSELoss(model, teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(model, features=store)
     loss.keep_features_on_device = kind != PLAIN
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(

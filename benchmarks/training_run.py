@@ -244,7 +244,7 @@ def make_trainer(
         loss = MultipleNegativesRankingLoss(model)
         return SentenceTransformerTrainer(model, arguments, both, loss=loss, evaluator=evaluator, callbacks=[clock])
     store = FeatureStore.open(settings.features)
-    grounded = KDMCSELoss(model, teacher_dim=store.dim, features=store)
+    grounded = KDMCSELoss(model, features=store)
     grounded.keep_features_on_device = ours.features_on_device
     return KDMCSETrainer(
         model,

@@ -2,8 +2,8 @@
 
 The second one shares the files, the embeddings and scikit-learn's folds, and nothing else: it puts the rows in order,
 makes the features, trains the classifiers and chooses C without it. Its logistic regression minimises the same
-objective (C times the sum of the losses, plus half the squared norm of the weights without the intercept) with PyTorch's L-BFGS
-over all rows, in float64, from zero, all inner folds at once.
+objective (C times the sum of the losses, plus half the squared norm of the weights without the intercept) with
+PyTorch's L-BFGS over all rows, in float64, from zero, all inner folds at once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from st_kdmcse._version import __version__
 
 if TYPE_CHECKING:
     from st_kdmcse import functional
-    from st_kdmcse.config import KDMCSEConfig
+    from st_kdmcse.config import KDMCSEConfig, MCSEConfig
     from st_kdmcse.data import FeatureStore, FeatureStoreWriter, import_released_json, read_sentences
     from st_kdmcse.evaluation.sts import STSEvaluator
     from st_kdmcse.extraction import extract
@@ -43,6 +43,7 @@ __all__ = [
     "KDMCSEDataCollator",
     "KDMCSELoss",
     "KDMCSETrainer",
+    "MCSEConfig",
     "MCSELoss",
     "MultimodalInputExample",
     "OpenCLIPTeacher",
@@ -71,6 +72,7 @@ _MODULES = {
     "KDMCSEDataCollator": "training.collator",
     "KDMCSELoss": "losses",
     "KDMCSETrainer": "training.trainer",
+    "MCSEConfig": "config",
     "MCSELoss": "losses",
     "MultimodalInputExample": "training.examples",
     "OpenCLIPTeacher": "teachers",

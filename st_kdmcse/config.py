@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeGuard, get_args
 
 SoftLabel = Literal["text-text", "text-image", "image-text", "image-image"]
 """Which teacher features are compared: of the anchor, then of the candidate (the m, n of alpha^{m,n} in Eq. 7)."""
@@ -78,34 +78,18 @@ class KDMCSEConfig:
     projection_dim: int = _option(256, "width of the shared space of student and teacher")
 
     def __post_init__(self) -> None:
-        for name in ("margin", "text_margin"):
-            self._check(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) <= math.pi, "in [0, pi]")
-        for name in ("temperature", "text_temperature"):
-            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
+        _check_shared(self)
+        _check(self, "margin", _is_angle(self.margin), "in [0, pi]")
         for name in ("image_threshold", "text_threshold"):
             value = getattr(self, name)
-            self._check(name, value is None or value == "auto" or _is_number(value), 'a number, None or "auto"')
+            _check(self, name, value is None or value == "auto" or _is_number(value), 'a number, None or "auto"')
         for name in ("image_soft_label", "text_soft_label", "image_filter", "text_filter"):
-            self._check(name, getattr(self, name) in get_args(SoftLabel), f"one of {', '.join(get_args(SoftLabel))}")
+            _check(self, name, getattr(self, name) in get_args(SoftLabel), f"one of {', '.join(get_args(SoftLabel))}")
         for name in ("view_reduction", "modality_reduction"):
-            self._check(name, getattr(self, name) in ("sum", "mean"), '"sum" or "mean"')
+            _check(self, name, getattr(self, name) in ("sum", "mean"), '"sum" or "mean"')
         for name in ("margin_guard", "filter_negatives", "filter_inclusive", "remove_same_image"):
-            self._check(name, isinstance(getattr(self, name), bool), "True or False")
-        self._check("filter_score", self.filter_score in ("cosine", "dot"), '"cosine" or "dot"')
-        self._check(
-            "multimodal_weight", _is_number(self.multimodal_weight) and self.multimodal_weight >= 0, "a number >= 0"
-        )
-        self._check(
-            "projection_dim",
-            isinstance(self.projection_dim, int)
-            and not isinstance(self.projection_dim, bool)
-            and self.projection_dim > 0,
-            "a whole number >= 1",
-        )
-
-    def _check(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"KDMCSEConfig: {name} must be {expected}, got {getattr(self, name)!r}")
+            _check(self, name, isinstance(getattr(self, name), bool), "True or False")
+        _check(self, "filter_score", self.filter_score in ("cosine", "dot"), '"cosine" or "dot"')
 
     @classmethod
     def paper(cls, **overrides: Any) -> KDMCSEConfig:
@@ -131,5 +115,55 @@ _RELEASED: dict[str, Any] = {
 }
 
 
-def _is_number(value: object) -> bool:
+@dataclass(frozen=True)
+class MCSEConfig:
+    """The options of MCSE, named and checked as in :class:`KDMCSEConfig`; the defaults are MCSE's.
+
+    Args:
+        multimodal_weight: lambda, the weight of the cross-modal terms, >= 0.
+        temperature: of the cross-modal terms, > 0.
+        text_temperature: of the text loss, > 0.
+        text_margin: a fixed margin in radians on the negatives of the text loss, in [0, pi]; 0 is MCSE.
+        projection_dim: width of the shared space, >= 1.
+
+    Raises:
+        ValueError: for a value out of range, by name.
+    """
+
+    multimodal_weight: float = 0.01
+    temperature: float = 0.05
+    text_temperature: float = 0.05
+    text_margin: float = 0.0
+    projection_dim: int = 256
+
+    def __post_init__(self) -> None:
+        _check_shared(self)
+
+    def as_kdmcse(self) -> KDMCSEConfig:
+        """The same as options of KDMCSE: no margin, no filter, and the sum over the modalities."""
+        return KDMCSEConfig(margin=0.0, filter_negatives=False, modality_reduction="sum", **asdict(self))
+
+
+def _check(config: KDMCSEConfig | MCSEConfig, name: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{type(config).__name__}: {name} must be {expected}, got {getattr(config, name)!r}")
+
+
+def _check_shared(config: KDMCSEConfig | MCSEConfig) -> None:
+    """Check the options that both methods have."""
+    _check(config, "text_margin", _is_angle(config.text_margin), "in [0, pi]")
+    for name in ("temperature", "text_temperature"):
+        value = getattr(config, name)
+        _check(config, name, _is_number(value) and value > 0, "a positive number")
+    weight, width = config.multimodal_weight, config.projection_dim
+    _check(config, "multimodal_weight", _is_number(weight) and weight >= 0, "a number >= 0")
+    whole = isinstance(width, int) and not isinstance(width, bool) and width > 0
+    _check(config, "projection_dim", whole, "a whole number >= 1")
+
+
+def _is_angle(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= math.pi
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -62,6 +62,37 @@ def info_nce(anchors: Tensor, candidates: Tensor, temperature: float = 0.05, *, 
     return _softmax_loss(cosine_similarity_matrix(anchors, candidates), temperature, positive_offset)
 
 
+def info_nce_with_margin(
+    anchors: Tensor,
+    candidates: Tensor,
+    margin: float,
+    temperature: float = 0.05,
+    *,
+    guard: bool = True,
+    positive_offset: int = 0,
+) -> Tensor:
+    """InfoNCE with one angular margin on every negative: the text loss of the authors' released code.
+
+    Args:
+        anchors: (N, D).
+        candidates: (M, D); the positive of anchor i is row ``positive_offset + i``.
+        margin: in radians, in [0, pi]; 0 is :func:`info_nce`.
+        temperature: divides the cosines, > 0.
+        guard: apply the margin only to negatives whose angle exceeds it.
+        positive_offset: row of the first anchor's positive.
+
+    Returns:
+        The mean over the anchors, a scalar.
+    """
+    if margin == 0:
+        return info_nce(anchors, candidates, temperature, positive_offset=positive_offset)
+    # AdapACSE with a teacher to whom every pair is unlike has the same margin everywhere.
+    nothing_alike = anchors.new_zeros(len(anchors), len(candidates))
+    return adap_acse(
+        anchors, candidates, nothing_alike, margin, temperature, guard=guard, positive_offset=positive_offset
+    )
+
+
 def arc_cse(
     anchors: Tensor, candidates: Tensor, margin: float, temperature: float = 0.05, *, positive_offset: int = 0
 ) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import slow
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,27 +33,27 @@ def assert_same_with_gradients(fast, slow_loss, *inputs, **tolerance):
 CASES = {
     "info_nce": (
         lambda x, y: functional.info_nce(x, y, 0.1),
-        lambda x, y: slow.info_nce(x, y, 0.1),
+        lambda x, y: reference.info_nce(x, y, 0.1),
     ),
     "arc_cse": (
         lambda x, y: functional.arc_cse(x, y, 0.2, 0.1),
-        lambda x, y: slow.arc_cse(x, y, 0.2, 0.1),
+        lambda x, y: reference.arc_cse(x, y, 0.2, 0.1),
     ),
     "adap_acse": (
         lambda x, y: functional.adap_acse(x, y, teacher(7), 0.3, 0.1),
-        lambda x, y: slow.adap_acse(x, y, teacher(7), 0.3, 0.1),
+        lambda x, y: reference.adap_acse(x, y, teacher(7), 0.3, 0.1),
     ),
     "adap_acse filtered": (
         lambda x, y: functional.adap_acse(x, y, teacher(7), 0.3, 0.1, keep=teacher(8) < 0.2),
-        lambda x, y: slow.adap_acse(x, y, teacher(7), 0.3, 0.1, keep=teacher(8) < 0.2),
+        lambda x, y: reference.adap_acse(x, y, teacher(7), 0.3, 0.1, keep=teacher(8) < 0.2),
     ),
     "adap_acse wide margin": (
         lambda x, y: functional.adap_acse(x, y, teacher(7), 1.5, 0.1),
-        lambda x, y: slow.adap_acse(x, y, teacher(7), 1.5, 0.1),
+        lambda x, y: reference.adap_acse(x, y, teacher(7), 1.5, 0.1),
     ),
     "adap_acse unguarded": (
         lambda x, y: functional.adap_acse(x, y, teacher(7), 1.5, 0.1, guard=False),
-        lambda x, y: slow.adap_acse(x, y, teacher(7), 1.5, 0.1, guard=False),
+        lambda x, y: reference.adap_acse(x, y, teacher(7), 1.5, 0.1, guard=False),
     ),
 }
 
@@ -259,7 +259,7 @@ def test_gathered_candidates_are_the_rows_of_one_large_batch():
 def test_uniformity_in_blocks_with_gradients(block, monkeypatch):
     monkeypatch.setattr(functional, "_UNIFORMITY_BLOCK", block)
     x = rows(3, 9, DIM)
-    assert functional.uniformity(x).item() == pytest.approx(slow.uniformity(x.detach(), 2))
+    assert functional.uniformity(x).item() == pytest.approx(reference.uniformity(x.detach(), 2))
     assert torch.autograd.gradcheck(functional.uniformity, (x,))
 
 
@@ -270,7 +270,7 @@ def test_uniformity_of_distant_points_does_not_underflow():
 
 def test_alignment_is_the_mean_squared_distance_on_the_sphere():
     x, y = rows(0, N, DIM), rows(1, N, DIM)
-    expected = sum(2 - 2 * slow.cosine(a, b) for a, b in zip(x, y, strict=True)) / N
+    expected = sum(2 - 2 * reference.cosine(a, b) for a, b in zip(x, y, strict=True)) / N
     torch.testing.assert_close(functional.alignment(x, y), expected)
 
 

@@ -26,7 +26,7 @@ def make_trainer(tiny_bert, sentences, store, output, unpad=None, **options):
         model=model,
         args=SentenceTransformerTrainingArguments(str(output), report_to="none", disable_tqdm=True, **arguments),
         train_dataset=DatasetDict(text=Dataset.from_dict({"sentence": sentences}), pairs=store.dataset()),
-        loss=KDMCSELoss(model, config, teacher_dim=store.dim, features=store),
+        loss=KDMCSELoss(model, config, features=store),
         pair_every=2,
         unpad=unpad,
     )
@@ -47,7 +47,7 @@ def test_training_and_resuming(tiny_bert, sentences, store, tmp_path, bf16):
 
 def test_features_on_the_device_are_those_of_the_store(tiny_bert, sentences, store):
     model = build_student(str(tiny_bert)).to("cuda").eval()
-    loss = KDMCSELoss(model, teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(model, features=store)
     features = [
         {name: value.to("cuda") for name, value in model.preprocess(sentences[:8]).items() if name != "modality"}
     ]

@@ -1,9 +1,7 @@
 """Loss modules for sentence-transformers."""
 
 from st_kdmcse.losses.arccse import ArcCSELoss
-from st_kdmcse.losses.cached_kdmcse import CachedKDMCSELoss
-from st_kdmcse.losses.cached_mcse import CachedMCSELoss
-from st_kdmcse.losses.cached_simcse import CachedSimCSELoss
+from st_kdmcse.losses.cached import CachedKDMCSELoss, CachedMCSELoss, CachedSimCSELoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.kdmcse import KDMCSELoss
 from st_kdmcse.losses.mcse import MCSELoss

@@ -13,31 +13,17 @@ from sentence_transformers.util import all_gather, all_gather_with_grad
 from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch import Tensor, nn
 
-from st_kdmcse import functional
 from st_kdmcse.losses import heads as heads_io
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import ProjectionHead
 
 Views = tuple[Tensor, Tensor]
 
-Rows = dict[str, Tensor]
-"""What is given for each anchor, by name: tensors with a row for each."""
+AnchorTensors = dict[str, Tensor]
+"""Tensors by name, with a row for each anchor."""
 
-RowsLoss = Callable[[Rows, int], tuple[Tensor, ...]]
-"""Takes rows and the candidate of the first; returns the mean of a loss over the rows, and counts of something."""
-
-
-def simcse(
-    anchors: Tensor, candidates: Tensor, temperature: float, margin: float, offset: int, guard: bool = True
-) -> Tensor:
-    """InfoNCE (Eq. 1), optionally with the released code's fixed margin on the negatives."""
-    if margin == 0:
-        return functional.info_nce(anchors, candidates, temperature, positive_offset=offset)
-    # AdapACSE with a teacher that finds every pair wholly unlike has the same margin everywhere.
-    nothing_alike = anchors.new_zeros(len(anchors), len(candidates))
-    return functional.adap_acse(
-        anchors, candidates, nothing_alike, margin, temperature, guard=guard, positive_offset=offset
-    )
+AnchorLoss = Callable[[AnchorTensors, int], tuple[Tensor, ...]]
+"""Takes some anchors and the row of the first one's positive; returns the mean loss of the anchors, and counts."""
 
 
 class TwoViewLoss(nn.Module):
@@ -104,10 +90,10 @@ class TwoViewLoss(nn.Module):
         """
         anchors, candidates, offset = self.project_text(views)
 
-        def text_rows(rows: Rows, offset: int) -> tuple[Tensor, ...]:
-            return (self.text_loss(rows["anchors"], candidates, offset),)
+        def text_loss(given: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
+            return (self.text_loss(given["anchors"], candidates, offset),)
 
-        (term,) = self.over_rows(text_rows, {"anchors": anchors}, offset)
+        (term,) = self.over_anchors(text_loss, {"anchors": anchors}, offset)
         return LossComponents({"text": term})
 
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
@@ -118,15 +104,15 @@ class TwoViewLoss(nn.Module):
         """What the labels bring for :meth:`compute_loss_from_embeddings`; nothing for a loss without teacher."""
         return {}
 
-    def over_rows(self, rows_loss: RowsLoss, rows: Rows, offset: int) -> tuple[Tensor, ...]:
-        """The mean of a loss over all rows, and the sums of its counts; here all rows are taken at once.
+    def over_anchors(self, loss: AnchorLoss, anchors: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
+        """The mean of a loss over all anchors, and the sums of its counts; this base takes all anchors at once.
 
         Args:
-            rows_loss: the loss of some anchors against all candidates.
-            rows: what it needs of each anchor.
-            offset: the candidate of the first anchor.
+            loss: the loss of some anchors against all candidates.
+            anchors: what it needs of each anchor.
+            offset: the row of the first anchor's positive among the candidates.
         """
-        return rows_loss(rows, offset)
+        return loss(anchors, offset)
 
     def project_text(self, views: Views) -> tuple[Tensor, Tensor, int]:
         """Text-head outputs of the anchors, of the candidates of all processes, and the first positive's row."""

@@ -1,4 +1,7 @@
-"""What the cached losses share: gradient caching of the student, and similarity matrices that exist in part only."""
+"""Gradient caching: the losses for batches that do not fit in memory.
+
+One technique for three losses, and the classes that carry it.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,22 @@ from sentence_transformers.sentence_transformer.losses.matryoshka import CachedL
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from st_kdmcse.losses.base import Rows, RowsLoss, TwoViewLoss, Views
+from st_kdmcse.losses.base import AnchorLoss, AnchorTensors, TwoViewLoss, Views
 from st_kdmcse.losses.citations import GRADIENT_CACHE
 from st_kdmcse.losses.components import LossComponents
+from st_kdmcse.losses.kdmcse import KDMCSELoss
+from st_kdmcse.losses.mcse import MCSELoss
+from st_kdmcse.losses.simcse import SimCSELoss
 
 
 class GradientCaching(CachedLossMixin, TwoViewLoss):
-    """A loss whose memory does not grow with the square of the batch, nor with the student's activations of all of it.
+    """A mixin that computes a loss in parts, so that neither activations nor similarity matrices exist as a whole.
 
     Put before a loss class, it changes how that loss is computed and not its value. The student embeds the batch
     without gradient, a mini-batch at a time. Everything after that, heads included, is an ordinary graph over the
-    embeddings, in which the similarity matrices are computed for some anchors at a time, and once more in the backward
-    pass. When that has come to the embeddings, the student runs again over each mini-batch, with gradient, with the
-    dropout masks and under the autocast of the first time.
+    embeddings. It holds the similarities of ``chunk_rows`` anchors at a time and computes them again in the backward
+    pass. When the gradient reaches the embeddings, the student runs again over each mini-batch, with gradient, and with
+    the dropout masks and the autocast of the first pass.
 
     Args:
         model: the student.
@@ -67,7 +73,7 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
         """The two views, without a graph of the student: a hook on them runs it again in the backward pass."""
         with_grad = torch.is_grad_enabled()
         device = next(self.parameters()).device.type
-        # Older versions of PyTorch hand weights that were cast without gradient to a later pass with gradient.
+        # With its cache, autocast hands weights that were cast without gradient to the later pass with gradient.
         autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         )
@@ -97,13 +103,13 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
         # The library's own knows when DDP is to average the gradients: after the last mini-batch.
         _backward_hook(gradient.new_ones(()), columns, self, cache, conditions, [None] * len(columns))
 
-    def over_rows(self, rows_loss: RowsLoss, rows: Rows, offset: int) -> tuple[Tensor, ...]:
-        """The mean of a loss over all rows, and the sums of its counts, from ``chunk_rows`` rows at a time."""
-        count = len(next(iter(rows.values())))
+    def over_anchors(self, loss: AnchorLoss, anchors: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
+        """The mean of a loss over all anchors, and the sums of its counts, from ``chunk_rows`` anchors at a time."""
+        count = len(next(iter(anchors.values())))
         results = []
-        for parts in zip(*(values.split(self.chunk_rows) for values in rows.values()), strict=True):
-            chunk = dict(zip(rows, parts, strict=True))
-            mean, *counts = checkpoint(rows_loss, chunk, offset, use_reentrant=False, preserve_rng_state=False)
+        for parts in zip(*(values.split(self.chunk_rows) for values in anchors.values()), strict=True):
+            chunk = dict(zip(anchors, parts, strict=True))
+            mean, *counts = checkpoint(loss, chunk, offset, use_reentrant=False, preserve_rng_state=False)
             results.append((mean * (len(parts[0]) / count), *counts))
             offset += len(parts[0])
         return tuple(torch.stack(each).sum() for each in zip(*results, strict=True))
@@ -111,8 +117,8 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
     def compute_loss_from_embeddings(self, views: Views, *args: Any, **kwargs: Any) -> LossComponents:
         """As without caching; inside ``MatryoshkaLoss``, of the views at each of its dimensions."""
         compute = super().compute_loss_from_embeddings
-        # MatryoshkaLoss leaves its dimensions here. To call what it leaves would go backward at once, as the library's
-        # cached losses do, and gradients of the heads would not know by what the loss is multiplied afterwards.
+        # MatryoshkaLoss leaves a decorator here, with its dimensions. Calling it would run the backward pass, as in the
+        # library's cached losses, and the heads would miss the factor that the loss is multiplied with later.
         matryoshka = vars(self).get("calculate_loss")
         if not isinstance(matryoshka, CachedLossDecorator):
             return compute(views, *args, **kwargs)
@@ -132,6 +138,140 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
     def citation(self) -> str:
         """BibTeX."""
         return str(super().citation) + GRADIENT_CACHE
+
+
+class CachedKDMCSELoss(GradientCaching, KDMCSELoss):
+    """KDMCSE with gradient caching, for batches whose activations or similarity matrices do not fit in memory.
+
+    Value and gradients are those of :class:`~st_kdmcse.KDMCSELoss`, which tells options and inputs. Only the
+    draw of the dropout masks differs: the student sees the batch in other parts.
+
+    Memory grows with ``mini_batch_size``, with ``chunk_rows`` times the candidates, and with the embeddings of the
+    batch. The price is a second forward pass of the student in each step. Gradients accumulated over several steps are
+    no substitute: each step has only its own few negatives.
+
+    Args:
+        model: SentenceTransformer model.
+        args: those of :class:`~st_kdmcse.KDMCSELoss`.
+        kwargs: the same by name.
+        mini_batch_size: sentences in a forward pass of the student, >= 1: as many as memory allows.
+        chunk_rows: anchors whose similarities to all candidates exist at a time, >= 1.
+        show_progress_bar: show one for each pass over the mini-batches.
+
+    References:
+        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP 2021:
+          https://arxiv.org/abs/2101.06983
+        - KDMCSE: Knowledge Distillation Multimodal Sentence Embeddings with Adaptive Angular margin Contrastive
+          Learning, NAACL 2024: https://arxiv.org/abs/2403.17486
+
+    Requirements:
+        1. Those of :class:`~st_kdmcse.KDMCSELoss`.
+
+    Inputs:
+        As for :class:`~st_kdmcse.KDMCSELoss`.
+
+    Relations:
+        - :class:`~st_kdmcse.KDMCSELoss` is faster where a batch fits.
+        - ``CachedMultipleNegativesRankingLoss`` does the same for the stock loss.
+
+    Example:
+        ::
+
+            from datasets import DatasetDict
+            from sentence_transformers import SentenceTransformerTrainingArguments
+            from st_kdmcse import CachedKDMCSELoss, FeatureStore, KDMCSETrainer, build_student, read_sentences
+
+            model = build_student("bert-base-uncased")
+            store = FeatureStore.open("flickr30k-features")
+            data = DatasetDict(text=read_sentences("wiki1m_for_simcse.txt"), pairs=store.dataset())
+            loss = CachedKDMCSELoss(model, features=store, mini_batch_size=128)
+            arguments = SentenceTransformerTrainingArguments("out", per_device_train_batch_size=4096)
+            KDMCSETrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
+    """
+
+
+class CachedMCSELoss(GradientCaching, MCSELoss):
+    """MCSE with gradient caching, for batches whose activations or similarity matrices do not fit in memory.
+
+    Value and gradients are those of :class:`~st_kdmcse.MCSELoss`, which tells options and inputs. Only the
+    draw of the dropout masks differs: the student sees the batch in other parts.
+
+    Args:
+        model: SentenceTransformer model.
+        args: those of :class:`~st_kdmcse.MCSELoss`.
+        kwargs: the same by name.
+        mini_batch_size: sentences in a forward pass of the student, >= 1: as many as memory allows.
+        chunk_rows: anchors whose similarities to all candidates exist at a time, >= 1.
+        show_progress_bar: show one for each pass over the mini-batches.
+
+    References:
+        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP 2021:
+          https://arxiv.org/abs/2101.06983
+        - MCSE: Multimodal Contrastive Learning of Sentence Embeddings, NAACL 2022: https://arxiv.org/abs/2204.10931
+
+    Requirements:
+        1. Those of :class:`~st_kdmcse.MCSELoss`.
+
+    Inputs:
+        As for :class:`~st_kdmcse.MCSELoss`.
+
+    Relations:
+        - :class:`~st_kdmcse.MCSELoss` is faster where a batch fits.
+        - ``CachedMultipleNegativesRankingLoss`` does the same for the stock loss.
+
+    Example:
+        ::
+
+            from st_kdmcse import CachedMCSELoss, FeatureStore, KDMCSETrainer, build_student
+
+            model = build_student("bert-base-uncased")
+            store = FeatureStore.open("flickr30k-features")
+            loss = CachedMCSELoss(model, features=store, mini_batch_size=128)
+            KDMCSETrainer(model=model, train_dataset=store.dataset(), loss=loss).train()
+    """
+
+
+class CachedSimCSELoss(GradientCaching, SimCSELoss):
+    """SimCSE with gradient caching, for batches whose activations or similarity matrices do not fit in memory.
+
+    Value and gradients are those of :class:`~st_kdmcse.SimCSELoss`, which tells options and inputs. Only the
+    draw of the dropout masks differs: the student sees the batch in other parts.
+
+    Args:
+        model: SentenceTransformer model.
+        args: those of :class:`~st_kdmcse.SimCSELoss`.
+        kwargs: the same by name.
+        mini_batch_size: sentences in a forward pass of the student, >= 1: as many as memory allows.
+        chunk_rows: anchors whose similarities to all candidates exist at a time, >= 1.
+        show_progress_bar: show one for each pass over the mini-batches.
+
+    References:
+        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, RepL4NLP 2021:
+          https://arxiv.org/abs/2101.06983
+        - SimCSE: Simple Contrastive Learning of Sentence Embeddings, EMNLP 2021: https://arxiv.org/abs/2104.08821
+
+    Requirements:
+        1. Those of :class:`~st_kdmcse.SimCSELoss`.
+
+    Inputs:
+        As for :class:`~st_kdmcse.SimCSELoss`.
+
+    Relations:
+        - :class:`~st_kdmcse.SimCSELoss` is faster where a batch fits.
+        - ``CachedMultipleNegativesRankingLoss`` does the same for the stock loss.
+
+    Example:
+        ::
+
+            from datasets import Dataset
+            from sentence_transformers import SentenceTransformerTrainer
+            from st_kdmcse import CachedSimCSELoss, build_student
+
+            model = build_student("bert-base-uncased")
+            dataset = Dataset.from_dict({"sentence": ["It rains.", "A dog runs.", "Two men talk."]})
+            loss = CachedSimCSELoss(model, mini_batch_size=128)
+            SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
+    """
 
 
 class _Conditions:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from st_kdmcse import functional
 from st_kdmcse.config import KDMCSEConfig, SoftLabel
-from st_kdmcse.losses.base import Rows, TwoViewLoss, Views, simcse
+from st_kdmcse.losses.base import AnchorTensors, TwoViewLoss, Views
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import ProjectionHead
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from st_kdmcse.data.store import FeatureStore
 
 Modality = Literal["image", "text"]
+
+DEFAULT_TEACHER_DIM = 512
+"""The width of CLIP ViT-B/32's features."""
 
 # The name of each term in the logs: "text" is the student's own text loss there.
 _TERM: dict[Modality, str] = {"image": "image", "text": "caption"}
@@ -36,7 +39,7 @@ class GroundedLoss(TwoViewLoss):
         model: the student.
         config: the options.
         modalities: the teacher features to learn from.
-        teacher_dim: T, the width of the teacher features.
+        teacher_dim: T, the width of the teacher features; None is that of ``features``, or 512 (CLIP ViT-B/32) without.
         features: the store that row numbers refer to.
         gather_across_devices: use the batches of all processes as candidates.
     """
@@ -49,32 +52,38 @@ class GroundedLoss(TwoViewLoss):
         model: SentenceTransformer,
         config: KDMCSEConfig,
         modalities: Sequence[Modality],
-        teacher_dim: int,
+        teacher_dim: int | None,
         features: FeatureStore | None,
         gather_across_devices: bool,
     ) -> None:
         super().__init__(model, gather_across_devices)
-        if features is not None and features.dim != teacher_dim:
+        if features is not None and teacher_dim not in (None, features.dim):
             raise ValueError(
                 f"the features at {features.path} have {features.dim} dimensions and teacher_dim is {teacher_dim}: "
-                f"pass teacher_dim={features.dim}"
+                "leave teacher_dim out"
             )
         if features is not None and not features.shared_space:
             _check_comparisons(config, modalities, features)
         self.config = _with_thresholds(config, features)
         self.modalities = tuple(modalities)
-        self.teacher_dim = teacher_dim
+        self.teacher_dim = teacher_dim or (DEFAULT_TEACHER_DIM if features is None else features.dim)
         self.features = features
         self._resident: tuple[torch.device, ResidentFeatures | None] | None = None
         self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
         for modality in self.modalities:
-            self.heads[f"teacher_{modality}"] = ProjectionHead(teacher_dim, config.projection_dim)
+            self.heads[f"teacher_{modality}"] = ProjectionHead(self.teacher_dim, config.projection_dim)
         self.heads.to(model.device)
 
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """SimCSE (Eq. 1), or with ``text_margin`` the released code's fixed margin on the negatives."""
-        return simcse(
-            anchors, candidates, self.config.text_temperature, self.config.text_margin, offset, self.config.margin_guard
+        config = self.config
+        return functional.info_nce_with_margin(
+            anchors,
+            candidates,
+            config.text_margin,
+            config.text_temperature,
+            guard=config.margin_guard,
+            positive_offset=offset,
         )
 
     def compute_loss_from_embeddings(
@@ -101,7 +110,7 @@ class GroundedLoss(TwoViewLoss):
             ValueError: if one of the features is missing or has the wrong shape.
         """
         loss = super().compute_loss_from_embeddings(views)
-        rows: Rows = {}
+        rows: AnchorTensors = {}
         if image_features is not None:
             rows["image"] = image_features
         if text_features is not None:
@@ -115,8 +124,8 @@ class GroundedLoss(TwoViewLoss):
         rows["first"], rows["second"] = (self.heads["grounding"](view) for view in views)
         for modality in self.modalities:
             teacher = self.heads[f"teacher_{modality}"](candidates[modality])
-            rows_loss = partial(self._cross_modal, modality, teacher, candidates)
-            term, *removed = self.over_rows(rows_loss, rows, self.offset(views[0]))
+            cross_modal = partial(self._cross_modal, modality, teacher, candidates)
+            term, *removed = self.over_anchors(cross_modal, rows, self.offset(views[0]))
             loss[_TERM[modality]] = self._weight * term
             if removed:
                 loss.metrics[f"{_TERM[modality]}_negatives_removed"] = removed[0]
@@ -143,7 +152,9 @@ class GroundedLoss(TwoViewLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        return {"teacher_dim": self.teacher_dim, **super().get_config_dict()}
+        store = self.features
+        of_store = {} if store is None else {"teacher": store.teacher, "features_sha256": store.checksum}
+        return {"teacher_dim": self.teacher_dim, **of_store, **super().get_config_dict()}
 
     @property
     def _weight(self) -> float:
@@ -153,7 +164,7 @@ class GroundedLoss(TwoViewLoss):
         return self.config.multimodal_weight / (views * modalities)
 
     def _cross_modal(
-        self, modality: Modality, teacher: Tensor, candidates: Rows, rows: Rows, offset: int
+        self, modality: Modality, teacher: Tensor, candidates: AnchorTensors, rows: AnchorTensors, offset: int
     ) -> tuple[Tensor, ...]:
         """AdapACSE of some anchors, summed over their views, and how many negatives the filter removed, if it is on."""
         keep = self._keep(modality, rows, candidates, offset)
@@ -177,14 +188,14 @@ class GroundedLoss(TwoViewLoss):
             positive_offset=offset,
         )
 
-    def _soft_labels(self, modality: Modality, rows: Rows, candidates: Rows) -> Tensor:
+    def _soft_labels(self, modality: Modality, rows: AnchorTensors, candidates: AnchorTensors) -> Tensor:
         if self.config.margin == 0:  # no margin to scale: any matrix of the right shape will do
             features = rows[modality]
             return features.new_zeros(len(features), len(candidates[modality]))
         kind = self.config.image_soft_label if modality == "image" else self.config.text_soft_label
         return functional.cosine_similarity_matrix(*_sides(kind, rows, candidates))
 
-    def _keep(self, modality: Modality, rows: Rows, candidates: Rows, offset: int) -> Tensor | None:
+    def _keep(self, modality: Modality, rows: AnchorTensors, candidates: AnchorTensors, offset: int) -> Tensor | None:
         """The (N, M) mask of the pairs that stay, None where nothing is removed."""
         config = self.config
         threshold = config.image_threshold if modality == "image" else config.text_threshold
@@ -214,7 +225,7 @@ class GroundedLoss(TwoViewLoss):
         number: dict[Hashable, int] = {}
         return torch.tensor([number.setdefault(image, len(number)) for image in image_ids])
 
-    def _check_features(self, features: Rows, count: int) -> None:
+    def _check_features(self, features: AnchorTensors, count: int) -> None:
         for name in self.modalities:
             if name not in features:
                 raise ValueError(f"{type(self).__name__} needs {name}_features as well")
@@ -256,7 +267,7 @@ class GroundedLoss(TwoViewLoss):
         return self._resident[1]
 
 
-def _sides(kind: SoftLabel, rows: Rows, candidates: Rows) -> tuple[Tensor, Tensor]:
+def _sides(kind: SoftLabel, rows: AnchorTensors, candidates: AnchorTensors) -> tuple[Tensor, Tensor]:
     """The anchors' and the candidates' features of a soft label such as "text-image"."""
     anchor, candidate = kind.split("-")
     for name in (anchor, candidate):

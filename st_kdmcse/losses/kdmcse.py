@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 class KDMCSELoss(GroundedLoss):
     """KDMCSE: SimCSE, and AdapACSE with threshold filtering against CLIP features of the image and of the caption.
 
-    Each dropout view of a caption is drawn to the teacher's image and text features in a shared space. The negatives
-    carry an angular margin, the wider the less the teacher finds them alike, and those that it finds too much alike are
-    left out. A batch without labels is plain text and gets the text loss alone, so that one loss object, with one text
-    head, serves both sources of the training schedule.
+    The loss draws each dropout view of a caption to the teacher's image and text features in a shared space. A negative
+    carries an angular margin, which is wider the less the teacher finds the pair alike; the filter removes negatives
+    that the teacher finds too much alike. A batch without labels is plain text and gets the text loss alone: one loss
+    object, with one text head, serves both sources of the training schedule.
 
     Args:
         model: SentenceTransformer model.
         config: the options; :meth:`KDMCSEConfig.paper` (default) or :meth:`KDMCSEConfig.released`.
-        teacher_dim: width T of the teacher features, 512 for CLIP ViT-B/32, 768 for ViT-L/14.
+        teacher_dim: width T of the teacher features; None is that of ``features``, or 512 (CLIP ViT-B/32) without.
         features: the :class:`~st_kdmcse.FeatureStore` that row numbers refer to.
         gather_across_devices: use the batches of all processes as negatives: the student's embeddings are gathered with
             gradient, the teacher's features without.
@@ -53,7 +53,7 @@ class KDMCSELoss(GroundedLoss):
     Recommendations:
         - Use :class:`~st_kdmcse.KDMCSETrainer`, which mixes text and caption batches, logs how many negatives the
           filter removed, and saves, restores and clips the heads.
-        - Real CLIP text-image cosines lie near 0.15 to 0.35, where the paper's threshold of 0.8 never removes anything:
+        - Real CLIP text-image cosines lie near 0.15 to 0.35, where the paper's threshold of 0.8 removes nothing:
           give ``image_threshold`` a value on that scale, or "auto".
 
     Relations:
@@ -69,7 +69,7 @@ class KDMCSELoss(GroundedLoss):
             model = build_student("bert-base-uncased")
             store = FeatureStore.open("flickr30k-features")
             data = DatasetDict(text=read_sentences("wiki1m_for_simcse.txt"), pairs=store.dataset())
-            loss = KDMCSELoss(model, KDMCSEConfig.paper(margin=0.1), teacher_dim=store.dim, features=store)
+            loss = KDMCSELoss(model, KDMCSEConfig.paper(margin=0.1), features=store)
             KDMCSETrainer(model=model, train_dataset=data, loss=loss).train()
     """
 
@@ -77,7 +77,7 @@ class KDMCSELoss(GroundedLoss):
         self,
         model: SentenceTransformer,
         config: KDMCSEConfig = KDMCSEConfig.paper(),  # noqa: B008 - frozen
-        teacher_dim: int = 512,
+        teacher_dim: int | None = None,
         features: FeatureStore | None = None,
         gather_across_devices: bool = False,
     ) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.config import KDMCSEConfig
+from st_kdmcse.config import MCSEConfig
 from st_kdmcse.losses.citations import MCSE, SIMCSE
 from st_kdmcse.losses.grounded import GroundedLoss, Modality
 
@@ -21,13 +22,9 @@ class MCSELoss(GroundedLoss):
 
     Args:
         model: SentenceTransformer model.
-        multimodal_weight: lambda, the weight of the cross-modal terms, >= 0.
-        temperature: of the cross-modal terms, > 0.
-        text_temperature: of the text loss, > 0.
-        text_margin: a fixed margin in radians on the negatives of the text loss; 0 is MCSE.
+        config: the options.
         use_captions: add the same term against the teacher's features of the caption ("MCSE + CLIP text").
-        projection_dim: width of the shared space.
-        teacher_dim: width T of the teacher features.
+        teacher_dim: width T of the teacher features; None is that of ``features``, or 512 (CLIP ViT-B/32) without.
         features: the :class:`~st_kdmcse.FeatureStore` that row numbers refer to.
         gather_across_devices: use the batches of all processes as negatives.
 
@@ -60,41 +57,26 @@ class MCSELoss(GroundedLoss):
 
             model = build_student("bert-base-uncased")
             store = FeatureStore.open("flickr30k-features")
-            loss = MCSELoss(model, features=store, teacher_dim=store.dim)
+            loss = MCSELoss(model, features=store)
             KDMCSETrainer(model=model, train_dataset=store.dataset(), loss=loss).train()
     """
 
     def __init__(
         self,
         model: SentenceTransformer,
-        multimodal_weight: float = 0.01,
-        temperature: float = 0.05,
-        text_temperature: float = 0.05,
-        text_margin: float = 0.0,
+        config: MCSEConfig = MCSEConfig(),  # noqa: B008 - frozen
         use_captions: bool = False,
-        projection_dim: int = 256,
-        teacher_dim: int = 512,
+        teacher_dim: int | None = None,
         features: FeatureStore | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        config = KDMCSEConfig(
-            margin=0.0,
-            filter_negatives=False,
-            modality_reduction="sum",
-            multimodal_weight=multimodal_weight,
-            temperature=temperature,
-            text_temperature=text_temperature,
-            text_margin=text_margin,
-            projection_dim=projection_dim,
-        )
         modalities: tuple[Modality, ...] = ("image", "text") if use_captions else ("image",)
-        super().__init__(model, config, modalities, teacher_dim, features, gather_across_devices)
+        super().__init__(model, config.as_kdmcse(), modalities, teacher_dim, features, gather_across_devices)
+        self.options = config
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        names = ("multimodal_weight", "temperature", "text_temperature", "text_margin", "projection_dim")
-        options = {name: getattr(self.config, name) for name in names}
-        return {**options, "use_captions": "text" in self.modalities, **super().get_config_dict()}
+        return {**asdict(self.options), "use_captions": "text" in self.modalities, **super().get_config_dict()}
 
     @property
     def citation(self) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_kdmcse.losses.base import TwoViewLoss, simcse
+from st_kdmcse import functional
+from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.citations import SIMCSE
 
 
@@ -19,7 +20,7 @@ class SimCSELoss(TwoViewLoss):
     Args:
         model: SentenceTransformer model.
         temperature: divides the cosines, > 0.
-        negative_margin: a fixed margin in radians on the negatives; 0 is SimCSE, KDMCSE's released code takes 0.15.
+        text_margin: a fixed margin in radians on the negatives; 0 is SimCSE, KDMCSE's released code takes 0.15.
         gather_across_devices: use the sentences of all processes as negatives.
 
     References:
@@ -61,20 +62,22 @@ class SimCSELoss(TwoViewLoss):
         self,
         model: SentenceTransformer,
         temperature: float = 0.05,
-        negative_margin: float = 0.0,
+        text_margin: float = 0.0,
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__(model, gather_across_devices)
         self.temperature = temperature
-        self.negative_margin = negative_margin
+        self.text_margin = text_margin
 
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """InfoNCE (Eq. 1)."""
-        return simcse(anchors, candidates, self.temperature, self.negative_margin, offset)
+        return functional.info_nce_with_margin(
+            anchors, candidates, self.text_margin, self.temperature, positive_offset=offset
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        options = {"temperature": self.temperature, "negative_margin": self.negative_margin}
+        options = {"temperature": self.temperature, "text_margin": self.text_margin}
         return {**options, **super().get_config_dict()}
 
     @property

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from st_kdmcse.config import KDMCSEConfig, MCSEConfig
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.grounded import GroundedLoss
 from st_kdmcse.losses.heads import HEADS_DIR
+from st_kdmcse.losses.mcse import MCSELoss
 
 _CARD = "README.md"
 _BEFORE = "### Framework Versions"
@@ -64,6 +66,7 @@ def _heads(loss: TwoViewLoss, folder: Path) -> list[str]:
 
 
 def _config(loss: TwoViewLoss) -> list[str]:
-    if not isinstance(loss, GroundedLoss) or loss.config.projection_dim == type(loss.config)().projection_dim:
+    if not isinstance(loss, GroundedLoss) or loss.config.projection_dim == KDMCSEConfig().projection_dim:
         return []
-    return [f"config=st_kdmcse.{type(loss.config).__name__}(projection_dim={loss.config.projection_dim})"]
+    kind = MCSEConfig if isinstance(loss, MCSELoss) else KDMCSEConfig
+    return [f"config=st_kdmcse.{kind.__name__}(projection_dim={loss.config.projection_dim})"]

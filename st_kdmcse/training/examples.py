@@ -142,6 +142,9 @@ def check_examples(
             width = np.asarray(example.image_features).size
             teacher_dim = teacher_dim or width
             if width != teacher_dim:
-                problem = f"its features have {width} dimensions, expected {teacher_dim}"
+                problem = (
+                    f"its features have {width} dimensions, expected {teacher_dim}: make the loss with "
+                    f"teacher_dim={width}, or give features of one teacher"
+                )
         if problem:
             raise ValueError(f"example {position} {example}: {problem}")

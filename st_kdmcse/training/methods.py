@@ -8,7 +8,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.config import KDMCSEConfig
+from st_kdmcse.config import KDMCSEConfig, MCSEConfig
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.losses import (
     CachedKDMCSELoss,
@@ -22,7 +22,7 @@ from st_kdmcse.losses.base import TwoViewLoss
 
 _ALL_OPTIONS = frozenset(option.name for option in fields(KDMCSEConfig))
 _SIMCSE_OPTIONS = frozenset({"text_temperature", "text_margin"})
-_MCSE_OPTIONS = _SIMCSE_OPTIONS | {"multimodal_weight", "temperature", "projection_dim"}
+_MCSE_OPTIONS = frozenset(option.name for option in fields(MCSEConfig))
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def build_loss(
     if not row.needs_features:
         loss = make(model, config.text_temperature, config.text_margin, **arguments)
         return loss
-    arguments |= {"features": features, "teacher_dim": features.dim if features else 512}
     if issubclass(make, MCSELoss):
-        loss = make(model, **{name: getattr(config, name) for name in _MCSE_OPTIONS}, **arguments)
+        of_mcse = MCSEConfig(**{name: getattr(config, name) for name in _MCSE_OPTIONS})
+        loss = make(model, of_mcse, features=features, **arguments)
     else:
-        loss = make(model, config, **arguments)
+        loss = make(model, config, features=features, **arguments)
     return loss

@@ -339,7 +339,7 @@ def test_sizes():
 
 def test_images_are_indexed_and_found(tmp_path, student, store):
     student.save_pretrained(str(tmp_path / "model"))
-    KDMCSELoss(student, teacher_dim=store.dim, features=store).save_heads(tmp_path / "model" / "heads")
+    KDMCSELoss(student, features=store).save_heads(tmp_path / "model" / "heads")
     made = run("index", "images", store.path, "--model", tmp_path / "model", "--out", tmp_path / "index")
     assert made.exit_code == 0, made.output
     assert f"24 images of {store.path} are in {tmp_path / 'index'}" in made.stdout

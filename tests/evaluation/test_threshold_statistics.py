@@ -102,7 +102,7 @@ def test_a_sample_is_exact_for_the_images_drawn(uneven):
 
 def test_the_proposal_is_what_auto_gives_in_training(student, store):
     config = KDMCSEConfig(image_threshold="auto", text_threshold="auto")
-    trained = KDMCSELoss(student, config, teacher_dim=store.dim, features=store).config
+    trained = KDMCSELoss(student, config, features=store).config
     statistics = threshold_statistics(store, sample_images=5, seed=1)
     assert statistics.text_text.proposed.threshold == trained.text_threshold
     assert statistics.text_image.proposed.threshold == trained.image_threshold

@@ -19,6 +19,7 @@ from st_kdmcse import (
     KDMCSEConfig,
     KDMCSELoss,
     KDMCSETrainer,
+    MCSEConfig,
     MCSELoss,
     MultimodalInputExample,
     SimCSELoss,
@@ -27,6 +28,7 @@ from st_kdmcse import (
 )
 
 N = 13
+HALF = MCSEConfig(multimodal_weight=0.5)
 CONFIGS = {
     "paper": KDMCSEConfig.paper(multimodal_weight=0.7, image_threshold=0.5, text_threshold=0.5),
     "released": KDMCSEConfig.released(multimodal_weight=0.7),
@@ -150,9 +152,13 @@ def test_two_columns_are_two_views(exact_student, sentences, store, kind):
 @pytest.mark.parametrize(
     ("plain_class", "cached_class", "options"),
     [
-        (SimCSELoss, CachedSimCSELoss, {"negative_margin": 0.15}),
-        (MCSELoss, CachedMCSELoss, {"teacher_dim": 8, "use_captions": True, "multimodal_weight": 0.5}),
-        (MCSELoss, CachedMCSELoss, {"teacher_dim": 8, "multimodal_weight": 0.5}),
+        (SimCSELoss, CachedSimCSELoss, {"text_margin": 0.15}),
+        (
+            MCSELoss,
+            CachedMCSELoss,
+            {"teacher_dim": 8, "use_captions": True, "config": MCSEConfig(multimodal_weight=0.5)},
+        ),
+        (MCSELoss, CachedMCSELoss, {"teacher_dim": 8, "config": MCSEConfig(multimodal_weight=0.5)}),
     ],
 )
 def test_the_ablations_have_it_too(exact_student, sentences, store, plain_class, cached_class, options):

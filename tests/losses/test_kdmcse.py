@@ -1,12 +1,12 @@
 """KDMCSE: both recipes against the literal method, and the loss as a module."""
 
 import pytest
-import slow
+import reference
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
-from st_kdmcse import KDMCSEConfig, KDMCSELoss, functional
+from st_kdmcse import KDMCSEConfig, KDMCSELoss, MCSELoss, functional
 
 N, T = 6, 5
 
@@ -34,7 +34,7 @@ def test_a_recipe_is_its_arithmetic_with_gradients(student, recipe, filtered, ma
     views, image, text = batch()
     inputs = [*views, *loss.heads.parameters()]
     components = loss.compute_loss_from_embeddings(tuple(views), image, text)
-    expected = slow.kdmcse(
+    expected = reference.kdmcse(
         loss.heads, views, image, text, recipe=recipe, weight=0.7, margin=margin, threshold=0.5 if filtered else None
     )
     torch.testing.assert_close(sum(components.values()), expected)
@@ -77,7 +77,7 @@ def test_text_alone_is_the_text_loss_alone(student, sentences):
 
 def test_rows_and_values_give_the_same_loss(student, sentences, store):
     student.eval()
-    loss = KDMCSELoss(student, teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(student, features=store)
     rows = torch.tensor([3, 0, 40, 71])
     features = [tokens(student, [store.caption(int(row)) for row in rows])]
     gathered = store.gather(rows)
@@ -124,10 +124,10 @@ def test_same_image_negatives_can_be_removed_exactly(student):
     components = loss.compute_loss_from_embeddings(tuple(views), image, text, image_ids=ids)
     assert components.metrics["image_negatives_removed"] == 8  # 3 * 2 pairs of "a", 2 of "b"
     keep = [[i == j or ids[i] != ids[j] for j in range(N)] for i in range(N)]
-    teacher = slow.head(loss.heads["teacher_image"], image)
+    teacher = reference.head(loss.heads["teacher_image"], image)
     expected = sum(
-        slow.adap_acse(
-            slow.head(loss.heads["grounding"], view), teacher, slow.soft_labels(text, image), 0.2, 0.05, keep
+        reference.adap_acse(
+            reference.head(loss.heads["grounding"], view), teacher, reference.soft_labels(text, image), 0.2, 0.05, keep
         )
         for view in views
     )
@@ -142,7 +142,7 @@ def test_same_image_negatives_can_be_removed_exactly(student):
 
 def test_automatic_thresholds_are_read_off_the_store(student, store):
     config = KDMCSEConfig(image_threshold="auto", text_threshold="auto")
-    resolved = KDMCSELoss(student, config, teacher_dim=store.dim, features=store).config
+    resolved = KDMCSELoss(student, config, features=store).config
     assert -1 < resolved.image_threshold < 1
     assert -1 < resolved.text_threshold < 1
     with pytest.raises(ValueError, match="auto"):
@@ -150,7 +150,7 @@ def test_automatic_thresholds_are_read_off_the_store(student, store):
 
 
 def test_it_works_inside_matryoshka(student, sentences, store):
-    loss = KDMCSELoss(student, teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(student, features=store)
     wrapped = MatryoshkaLoss(student, loss, [32, 16], [1.0, 0.5])
     features, rows = [tokens(student, sentences[:8])], torch.arange(8)
     student.eval()
@@ -183,7 +183,7 @@ def test_labels_that_do_not_fit_are_refused(student, sentences, labels, message)
 
 
 def test_features_that_do_not_fit_are_refused(student, store):
-    with pytest.raises(ValueError, match="teacher_dim=8"):
+    with pytest.raises(ValueError, match="have 8 dimensions and teacher_dim is 512"):
         KDMCSELoss(student, teacher_dim=512, features=store)
     loss = KDMCSELoss(student, teacher_dim=T)
     views, image, text = batch()
@@ -215,27 +215,38 @@ def test_half_precision_features_are_enough(student, sentences, store):
 
 def test_the_teacher_is_a_constant(student):
     views, image, text = batch()
-    loss = KDMCSELoss(student, teacher_dim=T)
+    config = KDMCSEConfig(image_threshold=0.3, text_threshold=0.3)
+    loss = KDMCSELoss(student, config, teacher_dim=T)
     loss.heads.double()
     image.requires_grad_()
+    text.requires_grad_()
     loss.compute_loss_from_embeddings(tuple(views), image, text).total.backward()
-    # Through the head the features have a gradient; through the soft labels they must not.
-    plain = KDMCSELoss(student, KDMCSEConfig(margin=0.0, filter_negatives=False), teacher_dim=T)
-    plain.heads = loss.heads
-    labels = functional.cosine_similarity_matrix(text, image)
-    assert labels.requires_grad
-    assert image.grad is not None
-    head_only = torch.autograd.grad(
-        sum(
-            functional.adap_acse(
-                loss.heads["grounding"](view), loss.heads["teacher_image"](image), labels.detach(), keep=labels < 0.8
-            )
-            for view in views
-        )
-        * 0.005,
-        image,
-    )[0]
-    torch.testing.assert_close(image.grad, head_only)
+    # Through the heads the features have a gradient; through the soft labels they must not.
+    expected = 0
+    for head, features, labels in (
+        ("teacher_image", image, functional.cosine_similarity_matrix(text, image)),
+        ("teacher_text", text, functional.cosine_similarity_matrix(text, text)),
+    ):
+        assert labels.requires_grad
+        labels = labels.detach()
+        keep = (labels < 0.3) | torch.eye(N, dtype=torch.bool)
+        assert not keep.all()
+        for view in views:
+            anchors = loss.heads["grounding"](view)
+            term = functional.adap_acse(anchors, loss.heads[head](features), labels, config.margin, keep=keep)
+            expected = expected + config.multimodal_weight / 2 * term
+    for given, gradient in zip((image, text), torch.autograd.grad(expected, (image, text)), strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(given.grad, gradient)
+
+
+@pytest.mark.parametrize("make", [KDMCSELoss, MCSELoss])
+def test_the_width_of_the_teacher_is_that_of_the_store(student, store, make):
+    assert make(student, features=store).teacher_dim == store.dim
+    assert make(student, features=store, teacher_dim=store.dim).teacher_dim == store.dim
+    assert make(student).teacher_dim == 512
+    with pytest.raises(ValueError, match=f"have {store.dim} dimensions and teacher_dim is 512: leave teacher_dim out"):
+        make(student, features=store, teacher_dim=512)
 
 
 def test_a_plain_sentence_transformer_is_a_student_too(tiny_bert, sentences):

@@ -1,11 +1,11 @@
 """SimCSE, ArcCSE, MCSE: their arithmetic, and what the losses share."""
 
 import pytest
-import slow
+import reference
 import torch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
-from st_kdmcse import ArcCSELoss, KDMCSEConfig, KDMCSELoss, MCSELoss, SimCSELoss
+from st_kdmcse import ArcCSELoss, KDMCSEConfig, KDMCSELoss, MCSEConfig, MCSELoss, SimCSELoss
 
 N, T = 6, 5
 
@@ -20,17 +20,17 @@ def test_simcse(student):
     loss = SimCSELoss(student, temperature=0.1)
     loss.heads.double()
     views, image, text = batch()
-    expected = slow.info_nce(*(slow.head(loss.heads["text"], view) for view in views), 0.1)
+    expected = reference.info_nce(*(reference.head(loss.heads["text"], view) for view in views), 0.1)
     torch.testing.assert_close(loss.compute_loss_from_embeddings(views).total, expected)
     assert loss.compute_loss_from_embeddings(views, image, text) == loss.compute_loss_from_embeddings(views)
 
 
 def test_the_released_margin_on_the_negatives(student):
     views, image, text = batch()
-    for loss in (SimCSELoss(student, negative_margin=0.15), MCSELoss(student, text_margin=0.15, teacher_dim=T)):
+    for loss in (SimCSELoss(student, text_margin=0.15), MCSELoss(student, MCSEConfig(text_margin=0.15), teacher_dim=T)):
         loss.heads.double()
-        heads = [slow.head(loss.heads["text"], view) for view in views]
-        expected = slow.adap_acse(*heads, torch.zeros(N, N), 0.15, 0.05)
+        heads = [reference.head(loss.heads["text"], view) for view in views]
+        expected = reference.adap_acse(*heads, torch.zeros(N, N), 0.15, 0.05)
         torch.testing.assert_close(loss.compute_loss_from_embeddings(views, image, text)["text"], expected)
 
 
@@ -47,21 +47,22 @@ def test_arccse(student):
     loss = ArcCSELoss(student, margin=0.2, temperature=0.1)
     loss.heads.double()
     views, _, _ = batch()
-    expected = slow.arc_cse(*(slow.head(loss.heads["text"], view) for view in views), 0.2, 0.1)
+    expected = reference.arc_cse(*(reference.head(loss.heads["text"], view) for view in views), 0.2, 0.1)
     torch.testing.assert_close(loss.compute_loss_from_embeddings(views).total, expected)
 
 
 @pytest.mark.parametrize("use_captions", [False, True])
 def test_mcse(student, use_captions):
-    loss = MCSELoss(student, multimodal_weight=0.3, use_captions=use_captions, projection_dim=4, teacher_dim=T)
+    config = MCSEConfig(multimodal_weight=0.3, projection_dim=4)
+    loss = MCSELoss(student, config, use_captions=use_captions, teacher_dim=T)
     loss.heads.double()
     views, image, text = batch()
-    expected = slow.info_nce(*(slow.head(loss.heads["text"], view) for view in views), 0.05)
+    expected = reference.info_nce(*(reference.head(loss.heads["text"], view) for view in views), 0.05)
     teachers = [("teacher_image", image)] + [("teacher_text", text)] * use_captions
     for view in views:
         for name, features in teachers:
-            s, m = slow.head(loss.heads["grounding"], view), slow.head(loss.heads[name], features)
-            expected = expected + 0.3 * slow.info_nce(s, m, 0.05)
+            s, m = reference.head(loss.heads["grounding"], view), reference.head(loss.heads[name], features)
+            expected = expected + 0.3 * reference.info_nce(s, m, 0.05)
     torch.testing.assert_close(loss.compute_loss_from_embeddings(views, image, text).total, expected)
 
 

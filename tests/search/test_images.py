@@ -14,7 +14,7 @@ pytest.importorskip("faiss")
 
 @pytest.fixture
 def loss(student, store):
-    return KDMCSELoss(student, KDMCSEConfig(projection_dim=16), teacher_dim=store.dim, features=store)
+    return KDMCSELoss(student, KDMCSEConfig(projection_dim=16), features=store)
 
 
 @pytest.fixture

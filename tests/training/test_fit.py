@@ -36,7 +36,7 @@ class Recorder(KDMCSELoss):
 
 @pytest.mark.parametrize("make_pairs", [pairs_by_row, pairs_by_value])
 def test_fit_follows_the_schedule_and_trains_the_heads(student, store, sentences, make_pairs, tmp_path):
-    loss = Recorder(student, KDMCSEConfig(multimodal_weight=1.0), teacher_dim=store.dim, features=store)
+    loss = Recorder(student, KDMCSEConfig(multimodal_weight=1.0), features=store)
     loss.seen = []
     before = {name: value.clone() for name, value in loss.heads.state_dict().items()}
     texts = [InputExample(texts=[sentence]) for sentence in sentences]
@@ -61,7 +61,7 @@ def test_fit_follows_the_schedule_and_trains_the_heads(student, store, sentences
 
 
 def test_the_ratio_can_be_given(student, store, sentences):
-    loss = KDMCSELoss(student, teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(student, features=store)
     texts = [InputExample(texts=[sentence]) for sentence in sentences]
     objectives = fit_objectives(loader(texts), loader(pairs_by_row(store)), loss, pair_every=6)
     sizes = [len(one.dataset) for one, _ in objectives]
@@ -71,7 +71,7 @@ def test_the_ratio_can_be_given(student, store, sentences):
 
 
 def test_what_cannot_be_trained_is_refused(student, store, sentences):
-    loss = KDMCSELoss(student, teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(student, features=store)
     texts = [InputExample(texts=[sentence]) for sentence in sentences]
     pairs = pairs_by_row(store)
     with pytest.raises(ValueError, match="one batch size"):

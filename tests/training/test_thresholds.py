@@ -37,7 +37,7 @@ def test_shares_are_those_of_a_loop_over_all_pairs(student, store):
 
 
 def test_losses_without_a_filter_have_none(student, store):
-    assert branch_filters(MCSELoss(student, features=store, teacher_dim=store.dim)) == []
+    assert branch_filters(MCSELoss(student, features=store)) == []
     assert branch_filters(KDMCSELoss(student, KDMCSEConfig(filter_negatives=False), store.dim, store)) == []
     assert branch_filters(KDMCSELoss(student, KDMCSEConfig(), store.dim)) == []
     only = branch_filters(KDMCSELoss(student, KDMCSEConfig(image_threshold=None), store.dim, store))

@@ -47,7 +47,7 @@ def make_trainer(
     evaluator = arguments.pop("evaluator", None)
     set_seed(3)
     model = build_student(str(tiny_bert)).to("cpu")
-    loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=0.5), teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=0.5), features=store)
     return KDMCSETrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(output_dir=str(output), **arguments),
@@ -215,7 +215,7 @@ def test_the_model_card_names_the_loss_its_options_and_the_papers(tiny_bert, sen
 @pytest.mark.parametrize("in_parts", ["accumulation", "gradient caching"])
 def test_cuda_graphs_are_not_asked_to_add_gradients_up(tiny_bert, sentences, store, tmp_path, in_parts):
     def cached(model, loss):
-        return CachedKDMCSELoss(model, teacher_dim=store.dim, features=store)
+        return CachedKDMCSELoss(model, features=store)
 
     changes = {"gradient_accumulation_steps": 2} if in_parts == "accumulation" else {"wrap": cached}
     for mode in CUDA_GRAPH_MODES:
@@ -242,7 +242,7 @@ def test_one_dataset_alone_and_the_stock_trainer(tiny_bert, sentences, store, tm
     model = build_student(str(tiny_bert)).to("cpu")
     for name, loss in (
         ("simcse", SimCSELoss(model)),
-        ("kdmcse", KDMCSELoss(model, teacher_dim=store.dim, features=store)),
+        ("kdmcse", KDMCSELoss(model, features=store)),
     ):
         trainer = SentenceTransformerTrainer(
             model=model,

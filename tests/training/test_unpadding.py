@@ -69,7 +69,7 @@ def test_losses_and_gradients_are_the_same(encoder, uneven, store, pairs, make):
     model = make_model(encoder)
     config = KDMCSEConfig(multimodal_weight=0.5, image_threshold=0.5)
     options = {"mini_batch_size": 5} if make is CachedKDMCSELoss else {}
-    loss = make(model, config, teacher_dim=store.dim, features=store, **options).double()
+    loss = make(model, config, features=store, **options).double()
     features, labels = model.preprocess(uneven[:N]), torch.arange(N) if pairs else None
     expected, expected_gradients = value_and_gradients(loss, features, labels)
     seen = count_tokens(model)
@@ -269,7 +269,7 @@ def make_trainer(folder, output, uneven, store, unpad, dropout=0.0, **options):
         **options,
     )
     data = DatasetDict(text=Dataset.from_dict({"sentence": uneven}), pairs=store.dataset())
-    loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=0.5), teacher_dim=store.dim, features=store)
+    loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=0.5), features=store)
     return KDMCSETrainer(model, arguments, data, loss=loss, pair_every=2, unpad=unpad)
 
 
