@@ -7,7 +7,8 @@ import click
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.evaluation.plots import check_plot, save_figure
-from st_kdmcse.evaluation.threshold_statistics import plot_threshold_statistics, threshold_statistics
+from st_kdmcse.evaluation.threshold_plots import plot_threshold_statistics
+from st_kdmcse.evaluation.threshold_statistics import threshold_statistics
 from st_kdmcse.files import check_output_file, write_json
 
 

@@ -1,1 +1,161 @@
-"""Private parts of sentence-transformers and transformers that this package uses, all in one place."""
+"""Private parts of sentence-transformers and transformers that this package overrides or calls, all in one place.
+
+A new version of either may move them. ``tests/test_upstream.py`` has a test for each, which fails by its name.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.base.losses.gradcache import _backward_hook as backward_of_mini_batches
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator, shrink
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import TrainOutput
+
+__all__ = [
+    "ATTENTION",
+    "CachedLossDecorator",
+    "CachedLossMixin",
+    "HookedTrainer",
+    "Packing",
+    "RandContext",
+    "attention_of",
+    "backward_of_mini_batches",
+    "embed_columns",
+    "nested_gather",
+    "shrink",
+    "token_positions",
+]
+
+ATTENTION = "st_kdmcse_sdpa"
+"""The name under which this package's attention is registered with transformers."""
+
+
+class HookedTrainer(SentenceTransformerTrainer):
+    """The stock trainer with public hooks where a subclass would have to override private methods."""
+
+    def around_training(self) -> AbstractContextManager[object]:
+        """A context for the whole training loop."""
+        return nullcontext()
+
+    def parameters_to_clip(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters whose common gradient norm is clipped."""
+        return list(model.parameters())
+
+    def training_batches(self, loader: DataLoader[Any], dataset: DatasetDict) -> DataLoader[Any]:
+        """The loader of training batches, made from the stock one."""
+        return loader
+
+    def save_extra(self, directory: Path) -> None:
+        """Save what belongs to a checkpoint or a saved model beside the model itself."""
+
+    def load_extra(self, directory: Path) -> None:
+        """Load what :meth:`save_extra` saved, before the model is loaded."""
+
+    def load_checkpoint(self, checkpoint: str | Path) -> None:
+        """Load the model of a checkpoint and its extras, without the state of training."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with self.around_training():
+            output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        return output
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.accelerator.clip_grad_norm_(self.parameters_to_clip(model), self.args.max_grad_norm)
+
+    def _build_dataloader(self, dataset: Dataset | DatasetDict, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        if dataset_kind != "train" or not isinstance(dataset, DatasetDict):
+            return loader
+        return self.training_batches(loader, dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.save_extra(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        self.load_extra(Path(checkpoint_path))
+        super()._load_from_checkpoint(checkpoint_path)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a batch stand: in a padded batch of B x L, or in one row of T.
+
+    Attributes:
+        slots: (T,) numbers of the tokens in the padded batch.
+        mask: (B, L) bool, which of the padded batch are tokens.
+        features: the padded batch.
+    """
+
+    slots: Tensor
+    mask: Tensor
+    features: dict[str, Any]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, L, ...) to (1, T, ...)."""
+        return padded.flatten(0, 1)[self.slots][None]
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(1, T, ...) to (B, L, ...), with zeros."""
+        rows = packed.new_zeros(self.mask.numel(), *packed.shape[2:]).index_copy(0, self.slots, packed[0])
+        return rows.view(*self.mask.shape, *packed.shape[2:])
+
+
+def attention_of(encoder: PreTrainedModel) -> str | None:
+    """The name of the attention that an encoder computes with, such as "sdpa"."""
+    name: str | None = encoder.config._attn_implementation
+    return name
+
+
+def token_positions(encoder: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(B, L) positions of tokens; RoBERTa counts from behind the number of the padding token, which it leaves out."""
+    embeddings = encoder.base_model.embeddings
+    if hasattr(embeddings, "padding_idx"):
+        counted: Tensor = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+        return counted
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of transformers' signature, of (B, heads, L, width) or, with a packing, (1, heads, T, width)."""
+    if packing is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return plain
+    query, key, value = (packing.pad(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value))
+    output, _ = sdpa_attention_forward(module, query, key, value, packing.mask[:, None, None], **kwargs)
+    return packing.pack(output), None
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask of transformers' signature; used without a look at its values, for which a GPU would have to wait."""
+    if attention_mask is not None:
+        kwargs["allow_is_bidirectional_skip"] = False
+    made: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return made
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -16,10 +16,10 @@ from st_kdmcse.data.readers import (
     open_captions,
 )
 from st_kdmcse.data.released import import_released_json
+from st_kdmcse.data.scores import true_pair_score
 from st_kdmcse.data.sentences import iter_sentences, read_sentences
 from st_kdmcse.data.store import FeatureBatch, FeatureStore
 from st_kdmcse.data.sts import STS_TASKS, STSPairs, STSTask, load_sts_benchmark, load_sts_tasks
-from st_kdmcse.data.thresholds import true_pair_score
 from st_kdmcse.data.writer import FeatureStoreWriter
 from st_kdmcse.files import sha256_file
 

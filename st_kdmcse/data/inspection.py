@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from st_kdmcse.data.layout import ARROW, CSV, IMAGES, MANIFEST, ROWS_PER_CHUNK, TEXTS, Array, Rows
+from st_kdmcse.data.scores import draw_captions, sampled_cosines
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.files import ByteProgress, byte_progress
 
@@ -168,7 +169,7 @@ def inspect_store(
         checksums=checksums,
         image_norms=image_norms,
         text_norms=text_norms,
-        **_cosines(store, *_draw(image_rows, sample, generator)),
+        **_cosines(store, *draw_captions(image_rows, sample, generator)),
         examples=_examples(store, generator),
     )
 
@@ -198,54 +199,18 @@ def _image_rows(store: FeatureStore) -> Rows:
         return np.empty(0, dtype=np.int64)
 
 
-def _draw(image_rows: Rows, sample: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
-    """A row of each image drawn, and another row of those images that have one."""
-    images = np.unique(image_rows)
-    if len(images) > sample:
-        images = generator.choice(images, sample, replace=False)
-    rows = generator.permutation(np.flatnonzero(np.isin(image_rows, images)))
-    rows = rows[np.argsort(image_rows[rows], kind="stable")]
-    starts = np.flatnonzero(np.diff(image_rows[rows], prepend=-1))
-    several = np.diff(starts, append=len(rows)) > 1
-    return rows[starts], rows[starts[several] + 1]
-
-
 def _cosines(store: FeatureStore, first: Rows, second: Rows) -> dict[str, Any]:
     """The part of a report that compares features: of one row an image, and of second rows of some of the images."""
-    texts, images, image_rows = _unit_features(store, first)
-    other_texts, _, other_rows = _unit_features(store, second)
-    _, here, there = np.intersect1d(image_rows, other_rows, assume_unique=True, return_indices=True)
-    found: dict[str, Any] = {
-        "sampled_images": len(texts),
-        "cosine_own_image": None,
-        "cosine_other_image": None,
-        "cosine_same_image_captions": _quantiles(np.einsum("ij,ij->i", texts[here], other_texts[there])),
-        "cosine_other_captions": _quantiles((texts @ texts.T)[np.triu_indices(len(texts), k=1)]),
-        "own_image_first": None,
+    found = sampled_cosines(store, first, second)
+    shared, first_share = store.shared_space, found.own_image_first
+    return {
+        "sampled_images": found.images,
+        "cosine_own_image": _quantiles(found.own_image) if shared else None,
+        "cosine_other_image": _quantiles(found.other_image) if shared else None,
+        "cosine_same_image_captions": _quantiles(found.same_image_captions),
+        "cosine_other_captions": _quantiles(found.other_captions),
+        "own_image_first": round(first_share, 6) if shared and first_share is not None else None,
     }
-    if store.shared_space:
-        cosines = texts @ images.T
-        own, others = np.diagonal(cosines), ~np.eye(len(cosines), dtype=bool)
-        found["cosine_own_image"] = _quantiles(own)
-        found["cosine_other_image"] = _quantiles(cosines[others])
-        if len(cosines) > 1:
-            best_other = np.where(others, cosines, -np.inf).max(axis=1)
-            found["own_image_first"] = round(float((own > best_other).mean()), 6)
-    return found
-
-
-def _unit_features(store: FeatureStore, rows: Rows) -> tuple[Array, Array, Rows]:
-    """Normalised features of captions and of their images, and the image rows; rows that hold NaN are left out."""
-    if not rows.size:
-        return np.empty((0, store.dim)), np.empty((0, store.dim)), rows
-    batch = store.gather(rows)
-    finite = np.isfinite(batch.text_features).all(axis=1) & np.isfinite(batch.image_features).all(axis=1)
-    return _unit(batch.text_features[finite]), _unit(batch.image_features[finite]), batch.image_rows[finite]
-
-
-def _unit(features: Array) -> Array:
-    wide = features.astype(np.float64)
-    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny))
 
 
 def _examples(store: FeatureStore, generator: np.random.Generator) -> tuple[Example, ...]:
@@ -284,7 +249,7 @@ def _row(name: str, cells: list[str]) -> str:
 
 
 def _printable(text: str) -> str:
-    """On one line, cut to its first 100 characters, without anything that a terminal would obey."""
+    """On one line, cut to its first 100 characters, without control characters."""
     text = "".join(character if character.isprintable() else " " for character in text)
     text = " ".join(text.split())
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.util import all_gather, all_gather_with_grad
 from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from st_kdmcse.losses import heads as heads_io
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import ProjectionHead
+from st_kdmcse.upstream import embed_columns
 
 Views = tuple[Tensor, Tensor]
 

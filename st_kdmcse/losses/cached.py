@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, _backward_hook
-from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator, shrink
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +21,7 @@ from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.kdmcse import KDMCSELoss
 from st_kdmcse.losses.mcse import MCSELoss
 from st_kdmcse.losses.simcse import SimCSELoss
+from st_kdmcse.upstream import CachedLossDecorator, CachedLossMixin, RandContext, backward_of_mini_batches, shrink
 
 
 class GradientCaching(CachedLossMixin, TwoViewLoss):
@@ -100,8 +99,8 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
         """Carry the (2 N, hidden) gradient of the embeddings into the student, a mini-batch at a time."""
         parts = iter(gradient.split([size for column in sizes for size in column]))
         cache = [[next(parts) for _ in column] for column in sizes]
-        # The library's own knows when DDP is to average the gradients: after the last mini-batch.
-        _backward_hook(gradient.new_ones(()), columns, self, cache, conditions, [None] * len(columns))
+        # The library's function lets DDP average the gradients after the last mini-batch only.
+        backward_of_mini_batches(gradient.new_ones(()), columns, self, cache, conditions, [None] * len(columns))
 
     def over_anchors(self, loss: AnchorLoss, anchors: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
         """The mean of a loss over all anchors, and the sums of its counts, from ``chunk_rows`` anchors at a time."""

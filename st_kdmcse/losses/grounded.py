@@ -297,7 +297,7 @@ def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDM
         return config
     if features is None:
         raise ValueError('a threshold of "auto" is read off a feature store: pass features=store, or a number')
-    from st_kdmcse.data.thresholds import true_pair_score
+    from st_kdmcse.data.scores import true_pair_score
 
     changes: dict[str, Any] = {
         f"{term}_threshold": true_pair_score(features, getattr(config, f"{term}_filter"), config.filter_score)

@@ -17,7 +17,6 @@ from st_kdmcse.files import read_json, write_json
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.processes import processes
 from st_kdmcse.training.callbacks import METRIC, EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
-from st_kdmcse.training.card import describe_training
 from st_kdmcse.training.inputs import TrainingInputs, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
@@ -199,6 +198,5 @@ def _save(trainer: KDMCSETrainer, output_dir: Path, last: Path | None) -> None:
     """Save the model that is loaded, and beside it that of the last checkpoint."""
     trainer.save_model(str(output_dir))
     (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
-    describe_training(output_dir, trainer.head_losses)
     if last is not None:
         copy_model(last, output_dir / LAST_NAME)

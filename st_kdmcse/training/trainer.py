@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import TrainOutput
 
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import HEADS_DIR
+from st_kdmcse.training.card import describe_training
 from st_kdmcse.training.collator import KDMCSEDataCollator
 from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler
 from st_kdmcse.training.token_batches import TokenBatches
 from st_kdmcse.training.unpadding import unchecked_masks, unpadded
+from st_kdmcse.upstream import HookedTrainer, nested_gather
 
 logger = logging.getLogger(__name__)
 
@@ -34,35 +34,36 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of ``torch.compile`` that record CUDA graphs."""
 
 
-class KDMCSETrainer(SentenceTransformerTrainer):
+class KDMCSETrainer(HookedTrainer):
     """The stock trainer, with what two sources and trained heads need.
 
     - **Schedule**: a ``DatasetDict`` of a text dataset (column ``sentence``) and a pair dataset (columns ``sentence``
       and ``row``) is drawn as in Algorithm 1, see :class:`~st_kdmcse.training.schedule.StepRatioBatchSampler`.
     - **Heads** are saved in each checkpoint (folder ``heads``), restored by ``resume_from_checkpoint`` and
       ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
-    - **Sentences** are tokenized once, ahead of training, into a file that is memory-mapped and found again by the next
-      run; where a batch would not be the collator's, the collator makes it.
-    - **Padding** is left out of what the student computes, where its encoder allows that, see
-      :func:`~st_kdmcse.training.unpadding.unpadded`.
+    - **Sentences** are tokenized once, ahead of training, into a memory-mapped file that later runs use again. Where
+      such a batch would differ from the collator's, the collator makes it.
+    - **Padding** is left out of what the student computes where its encoder allows that, see
+      :func:`~st_kdmcse.unpadded`.
+    - **The model card** names the teacher and tells how to load the heads.
     - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
 
     Args:
         model: the student.
-        args: training arguments; their batch samplers give way to the schedule.
+        args: training arguments; the schedule replaces their batch samplers.
         train_dataset: a dataset of sentences or of pairs, or a dictionary of one of each.
         pair_every: every how many steps a pair batch comes; None computes it from the sizes.
         pretokenize: tokenize once; False leaves it to the collator, batch by batch.
         pad_to_multiple_of: lengths of batches are rounded up to multiples of this many tokens, so that a compiled model
             meets few shapes; only with ``pretokenize``.
-        unpad: leave padding out; None does so on a CPU, unless the student is compiled or cannot.
+        unpad: leave padding out; None does so on a CPU where the student allows it and is not compiled.
         token_cache: folder for the tokens; None is ``st_kdmcse`` in the cache of ``datasets`` (``HF_DATASETS_CACHE``).
         kwargs: as for ``SentenceTransformerTrainer``.
 
     Raises:
-        ValueError: if a dataset has other columns than one of text and optionally ``row``, or a compiled student is to
-            leave padding out or to add up gradients in CUDA graphs (see :func:`check_compilation`); by ``train``, if
-            ``unpad`` is True for a student that cannot.
+        ValueError: if a dataset has other columns than one of text and optionally ``row``, or for what a compiled
+            student cannot do (see :func:`check_compilation`); by ``train``, if ``unpad`` is True for a student that
+            does not allow it.
     """
 
     data_collator_class = KDMCSEDataCollator
@@ -116,7 +117,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         return [parameter for loss in self.head_losses for parameter in loss.heads.parameters()]
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """As in the library; the card describes the sentences, and a list of row numbers would say nothing."""
+        """Describe the sentences in the card, without the row numbers."""
         train_dataset = self.train_dataset
         if train_dataset is not None:
             self.train_dataset = DatasetDict(
@@ -146,7 +147,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As in the library; remembers the schedule under what accelerate wraps around it."""
+        """The stock loader; its schedule is found under the wrappers of accelerate and remembered."""
         self._check_rows()
         loader: DataLoader[Any] = super().get_train_dataloader()
         sampler: Any = loader.batch_sampler
@@ -156,7 +157,7 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         return loader
 
     def _check_rows(self) -> None:
-        """Refuse rows that the features do not have: on a GPU, where they are gathered, nothing could name them."""
+        """Refuse rows that the features do not have: a GPU, which gathers them, could not name them."""
         features = [getattr(loss, "features", None) for loss in self.head_losses]
         limit = min((len(store) for store in features if store is not None), default=None)
         for name, dataset in (self.train_dataset or {}).items():
@@ -169,10 +170,9 @@ class KDMCSETrainer(SentenceTransformerTrainer):
                         "feature store: give the dataset of that store"
                     )
 
-    def _build_dataloader(self, dataset: Dataset | DatasetDict, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
-        """As in the library; batches of training come from tokens on disk, if they are the same."""
-        loader: DataLoader[Any] = super()._build_dataloader(dataset, batch_size, dataset_kind)
-        if dataset_kind != "train" or not self.pretokenize or not isinstance(dataset, DatasetDict):
+    def training_batches(self, loader: DataLoader[Any], dataset: DatasetDict) -> DataLoader[Any]:
+        """Batches from tokens on disk, if they equal the collator's; else the stock loader."""
+        if not self.pretokenize:
             return loader
         try:
             with self.args.main_process_first():
@@ -185,15 +185,16 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         return DataLoader(
             batches,
             batch_sampler=loader.batch_sampler,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             persistent_workers=loader.persistent_workers,
             prefetch_factor=loader.prefetch_factor,
         )
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in the library; the student does not compute padding, or at least does not look for it."""
+    @contextmanager
+    def around_training(self) -> Iterator[None]:
+        """Leave padding out of what the student computes, or at least use masks without a look at them."""
         unpad = self.args.device.type == "cpu" if self.unpad is None else self.unpad
         with ExitStack() as stack:
             try:
@@ -202,22 +203,17 @@ class KDMCSETrainer(SentenceTransformerTrainer):
             except ValueError as error:
                 if self.unpad:
                     raise
-                logger.info("padding is left as it is: %s", error)
-            output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
-        return output
+                logger.info("padding is computed: %s", error)
+            yield
 
     def save_weights(self, path: str | Path) -> None:
-        """Save student and heads, without the state of training; :meth:`load_checkpoint` reads them."""
+        """Save student and heads, without the state of training, for :meth:`load_checkpoint`."""
         self.model.save_pretrained(str(path), create_model_card=False)
         for folder, loss in self._head_paths(path):
             loss.save_heads(folder)
 
-    def load_checkpoint(self, checkpoint: str | Path) -> None:
-        """Load student and heads of a checkpoint, without the state of training."""
-        self._load_from_checkpoint(str(checkpoint))
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; DDP averages the student's gradients between processes, this the heads'."""
+        """Forward and backward; averages the heads' gradients between processes, as DDP does with the student's."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if get_world_size() > 1 and self.accelerator.sync_gradients:
             gradients = [parameter.grad for parameter in self.head_parameters if parameter.grad is not None]
@@ -225,28 +221,29 @@ class KDMCSETrainer(SentenceTransformerTrainer):
         return loss
 
     def broadcast_heads(self) -> None:
-        """Give every process the heads of the first: each initialised its own."""
+        """Give every process the heads of the first one: each has initialised its own."""
         if get_world_size() > 1:
             _for_all([parameter.data for parameter in self.head_parameters], lambda flat: dist.broadcast(flat, src=0))
 
     def set_schedule_epoch(self) -> None:
-        """Tell the schedule its epoch: between it and the Trainer, accelerate wraps samplers that do not pass it on."""
+        """Tell the schedule its epoch, which the wrappers of accelerate do not pass on."""
         if self._schedule is not None:
             self._schedule.set_epoch(self.state.global_step // self._schedule.steps)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        parameters = [*model.parameters(), *self.head_parameters]
-        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+    def parameters_to_clip(self, model: nn.Module) -> list[nn.Parameter]:
+        """The student's parameters and those of the heads."""
+        return [*model.parameters(), *self.head_parameters]
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        for path, loss in self._head_paths(output_dir or self.args.output_dir):
+    def save_extra(self, directory: Path) -> None:
+        """Save the heads, and tell about them in the model card."""
+        for path, loss in self._head_paths(directory):
             loss.save_heads(path)
+        describe_training(directory, self.head_losses)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        for path, loss in self._head_paths(checkpoint_path):
+    def load_extra(self, directory: Path) -> None:
+        """Load the heads."""
+        for path, loss in self._head_paths(directory):
             loss.load_heads(path)
-        super()._load_from_checkpoint(checkpoint_path)
 
     def _head_paths(self, directory: str | Path) -> list[tuple[Path, TwoViewLoss]]:
         losses = self.head_losses
@@ -298,7 +295,7 @@ def check_compilation(mode: str | None, unpad: bool | None, in_parts: bool) -> N
 
 
 class _Prepare(TrainerCallback):
-    """What is due at the beginning of training and of each epoch."""
+    """Equal heads at the beginning of training, and the schedule's epoch at that of each epoch."""
 
     def __init__(self, trainer: KDMCSETrainer) -> None:
         self.trainer = trainer
@@ -310,7 +307,7 @@ class _Prepare(TrainerCallback):
         self.trainer.set_schedule_epoch()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -324,7 +321,7 @@ def _check_columns(name: str, dataset: Dataset) -> None:
 
 
 def _for_all(tensors: list[Tensor], collective: Any) -> None:
-    """Run a collective over many small tensors at once, in place."""
+    """Run one collective over many small tensors, in place."""
     if not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -9,12 +9,12 @@ from scipy.stats import rankdata
 
 from st_kdmcse import FeatureStore, KDMCSEConfig, KDMCSELoss
 from st_kdmcse.data import FeatureStoreWriter, true_pair_score
-from st_kdmcse.data.thresholds import draw_images
+from st_kdmcse.data.scores import draw_images
 from st_kdmcse.evaluation import threshold_statistics as module
+from st_kdmcse.evaluation.threshold_plots import plot_threshold_statistics
 from st_kdmcse.evaluation.threshold_statistics import (
     BINS,
     PAPER_THRESHOLD,
-    plot_threshold_statistics,
     threshold_statistics,
 )
 
