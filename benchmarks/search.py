@@ -32,8 +32,8 @@ from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.processes import memory_mib
 from st_kdmcse.provenance import provenance
 from st_kdmcse.search import FaissBackend
-from st_kdmcse.search.base import Rows, unit_rows
-from st_kdmcse.search.factory import load_faiss
+from st_kdmcse.search.base import NewRows, unit_rows
+from st_kdmcse.search.faiss_library import load_faiss
 
 Matrix = npt.NDArray[np.float32]
 
@@ -148,7 +148,7 @@ def measure(factory: str, corpus_path: Path, queries: Matrix, recall_target: flo
     corpus = np.load(corpus_path, mmap_mode="r")
     before = memory_mib("VmRSS")
     texts = [f"sentence {row}" for row in range(len(corpus))]
-    rows = Rows(texts, texts, corpus, [{}] * len(corpus))
+    rows = NewRows(texts, texts, corpus, [{}] * len(corpus))
     started = time.perf_counter()
     backend = FaissBackend.build(rows, None if factory == "auto" else factory, recall_target)
     build_seconds = time.perf_counter() - started

@@ -1,50 +1,6 @@
 """How well teacher features tell pairs from strangers, and which threshold to filter false negatives with."""
 
-from pathlib import Path
-
-import click
-
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.data import FeatureStore
-from st_kdmcse.evaluation.plots import check_plot, save_figure
-from st_kdmcse.evaluation.threshold_plots import plot_threshold_statistics
-from st_kdmcse.evaluation.threshold_statistics import threshold_statistics
-from st_kdmcse.files import check_output_file, write_json
-
-
-@click.command(context_settings={"max_content_width": 120, "show_default": True})
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--sample-images", type=int, default=2000, help="Images to draw; 0 takes all.")
-@click.option("--quantile", type=float, default=0.5, help="Of the scores of true pairs: the threshold proposed.")
-@click.option("--batch-size", type=int, default=64, help="Sentences of a training batch.")
-@click.option("--seed", type=int, default=0, help="Of the images drawn.")
-@click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
-@click.option("--plot", type=click.Path(path_type=Path), help="PNG, SVG or PDF file to write (Figures 5 and 6).")
-def main(
-    store: Path,
-    sample_images: int,
-    quantile: float,
-    batch_size: int,
-    seed: int,
-    output: Path | None,
-    plot: Path | None,
-) -> None:
-    """Show the scores of the feature store STORE, the ranks of the true captions, and a threshold for each branch.
-
-    The thresholds proposed at the default quantile are those of `--threshold auto` in training. Two thousand images
-    of Flickr30k take about a minute on two CPU cores, all of them fifteen times as long.
-    """
-    quiet_libraries()
-    with friendly_errors():
-        check_output_file(output)
-        check_plot(plot)
-        statistics = threshold_statistics(FeatureStore.open(store), sample_images, quantile, batch_size, seed)
-        click.echo(str(statistics))
-        if output is not None:
-            write_json(output, statistics.to_dict())
-        if plot is not None:
-            save_figure(plot_threshold_statistics(statistics), plot)
-
+from st_kdmcse.cli.threshold_statistics import main
 
 if __name__ == "__main__":
     main()

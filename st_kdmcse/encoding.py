@@ -1,8 +1,9 @@
-"""Embeddings for evaluation: every distinct sentence once, in batches of like length."""
+"""The one way to encode many texts: each distinct text once, in batches of similar length, and finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,13 @@ def encode_distinct(
 ) -> SentenceEmbeddings:
     """Encode each distinct sentence once, in float32.
 
-    Batches are made of sentences of like length in tokens and hold about as many tokens each, so that next to nothing
-    is padded.
+    A batch holds sentences of similar length and a fixed number of tokens, so that there is little padding.
 
     Args:
-        model: any sentence-transformers model; dropout is off meanwhile.
+        model: any sentence-transformers model; dropout is off while it encodes.
         sentences: N sentences, with repetitions.
         batch_tokens: tokens a batch, padding included; 1,024 on a CPU, 16,384 elsewhere.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
         where: describes a sentence by its number, such as "sts-dev.csv, line 7", for the error message.
 
     Returns:
@@ -121,7 +121,7 @@ def encode_distinct_each(
         sentences: N sentences, with repetitions.
         read: what to take from the model's output.
         batch_tokens: tokens a batch.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
         where: describes a sentence by its number.
 
     Returns:
@@ -141,7 +141,64 @@ def encode_distinct_each(
     return {name: SentenceEmbeddings(distinct, matrix) for name, matrix in found.items()}
 
 
-Batch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+def encode_documents(
+    model: SentenceTransformer, texts: Sequence[str], pool: Any = None, show_progress_bar: bool | None = None
+) -> Matrix:
+    """Embeddings of texts to be found.
+
+    Args:
+        model: any sentence-transformers model; its prompt for documents is put before each text.
+        texts: n texts, with repetitions.
+        pool: processes of ``model.start_multi_process_pool`` to share the work.
+        show_progress_bar: None shows one in a terminal, after two seconds; there is none with a pool.
+
+    Returns:
+        (n, dimension) float32 of length 1.
+
+    Raises:
+        ValueError: if a text is empty or an embedding is not finite; names the text.
+    """
+    return _encode_normalized(model, model.encode_document, texts, "text", pool, show_progress_bar)
+
+
+def encode_queries(model: SentenceTransformer, queries: Sequence[str]) -> Matrix:
+    """Embeddings of queries, as :func:`encode_documents`, with the model's prompt for queries."""
+    return _encode_normalized(model, model.encode_query, queries, "query", None, False)
+
+
+def _encode_normalized(
+    model: SentenceTransformer,
+    encode: Callable[..., Any],
+    texts: Sequence[str],
+    what: str,
+    pool: Any,
+    show: bool | None,
+) -> Matrix:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{what} {number} is {text!r}: expected a text that is not empty")
+    if not texts:
+        return np.empty((0, model.get_embedding_dimension()), dtype=np.float32)
+    distinct = list(dict.fromkeys(texts))
+    settings = {"normalize_embeddings": True, "show_progress_bar": False}
+    lengths = token_counts(model, distinct)
+
+    def batches() -> Iterator[tuple[Rows, Mapping[str, Any]]]:
+        if pool is not None:  # the pool divides the texts, the longest first
+            rows = np.argsort(-lengths, kind="stable")
+            yield rows, {"": encode([distinct[row] for row in rows], pool=pool, **settings)}
+            return
+        for rows in length_batches(lengths, _token_budget(model)):
+            yield rows, {"": encode([distinct[row] for row in rows], batch_size=len(rows), **settings)}
+
+    with progress_bar(len(distinct), "Encoding", "text", show if pool is None else False) as progress, _in_eval(model):
+        found = _collect(batches(), len(distinct), progress.update)
+    _check_finite("", found[""], distinct, texts, None)
+    return SentenceEmbeddings(distinct, found[""])(texts)
+
+
+Rows = npt.NDArray[np.int64]
+Batch = tuple[Rows, dict[str, Any]]
 """Rows, and what the model takes for them."""
 
 
@@ -156,9 +213,8 @@ def token_batches(
         batch_tokens: tokens a batch, padding included; 1,024 on a CPU, 16,384 elsewhere.
     """
     lengths = token_counts(model, sentences)
-    budget = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
-    for rows in length_batches(lengths, budget):
+    for rows in length_batches(lengths, batch_tokens or _token_budget(model)):
         features = model.preprocess([sentences[row] for row in rows], prompt=prompt)
         yield rows, batch_to_device(features, model.device)
 
@@ -178,21 +234,42 @@ def encode_batches(
     Returns:
         (n, dimension) float32 by the names that ``read`` gives.
     """
+    with torch.inference_mode(), _in_eval(model):
+        embedded = (
+            (rows, {name: each[:, : model.truncate_dim] for name, each in read(model(dict(features))).items()})
+            for rows, features in batches
+        )
+        return _collect(embedded, count, update)
+
+
+def _collect(
+    batches: Iterable[tuple[Rows, Mapping[str, Any]]], count: int, update: Callable[[int], object]
+) -> dict[str, Matrix]:
+    """Put the embeddings of batches in their rows: (count, dimension) float32 by name."""
     found: dict[str, Matrix] = {}
+    for rows, embeddings in batches:
+        for name, given in embeddings.items():
+            values = given.float().cpu().numpy() if isinstance(given, Tensor) else given
+            if name not in found:
+                found[name] = np.empty((count, values.shape[1]), dtype=np.float32)
+            found[name][rows] = values
+        update(len(rows))
+    return found
+
+
+@contextmanager
+def _in_eval(model: SentenceTransformer) -> Iterator[None]:
+    """Turn dropout off inside of the block."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            for rows, features in batches:
-                for name, embeddings in read(model(dict(features))).items():
-                    embeddings = embeddings[:, : model.truncate_dim]
-                    if name not in found:
-                        found[name] = np.empty((count, embeddings.shape[1]), dtype=np.float32)
-                    found[name][rows] = embeddings.float().cpu().numpy()
-                update(len(rows))
+        yield
     finally:
         model.train(was_training)
-    return found
+
+
+def _token_budget(model: SentenceTransformer) -> int:
+    return BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
 
 
 def token_counts(model: SentenceTransformer, sentences: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -109,13 +109,13 @@ def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
     faiss = pytest.importorskip("faiss")
     if not hasattr(faiss, "StandardGpuResources"):
         pytest.skip("FAISS's wheel for CPUs")
-    from st_kdmcse.search.base import Rows
+    from st_kdmcse.search.base import RowNumbers
     from st_kdmcse.search.faiss_backend import FaissBackend
 
     vectors = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)).numpy()
     names = [str(row) for row in range(len(vectors))]
-    rows = Rows.checked(names, names, vectors)
-    backend = FaissBackend.build(Rows.checked(names[:2500], names[:2500], vectors[:2500]), factory)
+    rows = RowNumbers.checked(names, names, vectors)
+    backend = FaissBackend.build(RowNumbers.checked(names[:2500], names[:2500], vectors[:2500]), factory)
 
     def check(count):
         found = backend.search(rows.embeddings[:50], 10)
@@ -124,7 +124,7 @@ def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
 
     check(2500)
     assert backend.info()["device"] == "gpu"
-    backend.add(Rows.checked(names[2500:], names[2500:], vectors[2500:]))
+    backend.add(RowNumbers.checked(names[2500:], names[2500:], vectors[2500:]))
     check(3000)
     backend.remove(["0"])
     assert "0" not in {hit.id for hit in backend.search(rows.embeddings[:1], 10)[0]}

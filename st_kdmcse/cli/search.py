@@ -28,7 +28,7 @@ from st_kdmcse.search.build import build_index
 from st_kdmcse.search.duplicates import DUPLICATE_COLUMNS, Duplicates, find_duplicates
 from st_kdmcse.search.filters import parse_filter
 from st_kdmcse.search.images import index_images
-from st_kdmcse.search.records import Record, RecordFile, output_file, write_rows
+from st_kdmcse.search.records import RecordFile, TextRecord, output_file, write_rows
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import read_index
 
@@ -458,7 +458,7 @@ def _say_what_was_skipped(records: RecordFile) -> None:
         click.echo(f"left out {records.skipped:,} without text, the first at {records.first_skipped}")
 
 
-def _chunks(records: Iterable[Record], total: int, done: int = 0) -> Iterator[list[Record]]:
+def _chunks(records: Iterable[TextRecord], total: int, done: int = 0) -> Iterator[list[TextRecord]]:
     """Records from number ``done`` on, some at a time, with a progress bar."""
     remaining = islice(records, done, None)
     with progress_bar(total, "Encoding", "text", initial=done) as progress:
@@ -482,11 +482,11 @@ def _fill(opened: SemanticIndex, records: RecordFile, total: int) -> None:
         opened.add(_texts(chunk), [record.id for record in chunk], _metadata(chunk), show_progress_bar=False)
 
 
-def _texts(chunk: Iterable[Record]) -> list[str]:
+def _texts(chunk: Iterable[TextRecord]) -> list[str]:
     return [record.text for record in chunk]
 
 
-def _metadata(chunk: Iterable[Record]) -> list[dict[str, Any]]:
+def _metadata(chunk: Iterable[TextRecord]) -> list[dict[str, Any]]:
     return [record.metadata for record in chunk]
 
 

@@ -23,6 +23,16 @@ from st_kdmcse.training.run import train
 Command = Callable[..., Any]
 
 _EXTRACTION = "extraction_"
+_TITLES = {
+    "flickr": "Wikipedia and Flickr30k (29,783 training images)",
+    "coco": "Wikipedia and MS-COCO (82,783 training images of 2014)",
+    "cc12m": "Wikipedia and a million pairs of CC12M (Appendix B; --subset-seed draws another subset)",
+}
+_EXAMPLES = {
+    "flickr": "--captions results_20130124.token --images flickr30k-images --split train.txt",
+    "coco": "--captions annotations/captions_train2014.json --images train2014",
+    "cc12m": "--captions 'cc12m/{00000..01242}.tar'",
+}
 
 
 class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -45,10 +55,10 @@ def training_command(dataset: str) -> Callable[[Command], click.Command]:
     """
     preset = PRESETS[dataset]
     script = f"python training/train_{dataset}.py"
-    text = f"""Train a sentence encoder with knowledge from CLIP, on {preset.title}.
+    text = f"""Train a sentence encoder with knowledge from CLIP, on {_TITLES[dataset]}.
 
     \b
-    {script} --text wiki1m_for_simcse.txt {preset.example}
+    {script} --text wiki1m_for_simcse.txt {_EXAMPLES[dataset]}
     {script} --text wiki1m_for_simcse.txt --features {dataset}-features
 
     The first form begins with the features of a CLIP model: it writes them to OUTPUT_DIR/features, or to --features.

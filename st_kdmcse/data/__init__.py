@@ -3,6 +3,7 @@
 from st_kdmcse.data.inspection import StoreReport, inspect_store
 from st_kdmcse.data.readers import (
     BadRowError,
+    CaptionedImage,
     CaptionsCSV,
     CaptionTable,
     Coco,
@@ -11,7 +12,6 @@ from st_kdmcse.data.readers import (
     HubDataset,
     ImageCaptionReader,
     Karpathy,
-    Record,
     WebDataset,
     open_captions,
 )
@@ -27,6 +27,7 @@ __all__ = [
     "STS_TASKS",
     "BadRowError",
     "CaptionTable",
+    "CaptionedImage",
     "CaptionsCSV",
     "Coco",
     "FeatureBatch",
@@ -37,7 +38,6 @@ __all__ = [
     "HubDataset",
     "ImageCaptionReader",
     "Karpathy",
-    "Record",
     "STSPairs",
     "STSTask",
     "StoreReport",

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.data.layout import ARROW, CSV, IMAGES, MANIFEST, ROWS_PER_CHUNK, TEXTS, Array, Rows
+from st_kdmcse.data.layout import ARROW, CSV, IMAGES, MANIFEST, ROWS_PER_CHUNK, TEXTS, Array, RowNumbers
 from st_kdmcse.data.scores import draw_captions, sampled_cosines
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.files import ByteProgress, byte_progress
@@ -191,7 +191,7 @@ def _norms(features: Array, progress: ByteProgress) -> npt.NDArray[np.float64]:
     return norms
 
 
-def _image_rows(store: FeatureStore) -> Rows:
+def _image_rows(store: FeatureStore) -> RowNumbers:
     """The store's; empty if its row numbers are damaged."""
     try:
         return store.image_rows
@@ -199,7 +199,7 @@ def _image_rows(store: FeatureStore) -> Rows:
         return np.empty(0, dtype=np.int64)
 
 
-def _cosines(store: FeatureStore, first: Rows, second: Rows) -> dict[str, Any]:
+def _cosines(store: FeatureStore, first: RowNumbers, second: RowNumbers) -> dict[str, Any]:
     """The part of a report that compares features: of one row an image, and of second rows of some of the images."""
     found = sampled_cosines(store, first, second)
     shared, first_share = store.shared_space, found.own_image_first

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 FeatureDtype = Literal["float16", "float32"]
 Array = npt.NDArray[Any]
-Rows = npt.NDArray[np.int64]
+RowNumbers = npt.NDArray[np.int64]
 
 FORMAT = "st_kdmcse.feature_store"
 VERSION = 1
@@ -34,7 +34,7 @@ def off_norm(features: Array) -> npt.NDArray[np.bool_]:
     return off
 
 
-def as_rows(rows: Any, size: int, owner: str) -> Rows:
+def as_rows(rows: Any, size: int, owner: str) -> RowNumbers:
     """(B,) int64 row numbers from anything that numpy can read, each at least 0 and less than ``size``."""
     given = np.asarray(rows)
     if given.ndim != 1:

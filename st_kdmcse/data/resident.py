@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_kdmcse.data.layout import Array, Rows
+from st_kdmcse.data.layout import Array, RowNumbers
 from st_kdmcse.data.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -56,5 +56,5 @@ class ResidentFeatures:
         return self._images[image_rows], self._texts[self._text_rows[rows]], image_rows
 
 
-def _arrays(store: FeatureStore) -> tuple[Array, Array, Rows, Rows]:
+def _arrays(store: FeatureStore) -> tuple[Array, Array, RowNumbers, RowNumbers]:
     return store.image_features, store.text_features, store.image_rows, store.text_rows

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.data.layout import Array, Rows
+from st_kdmcse.data.layout import Array, RowNumbers
 from st_kdmcse.data.store import FeatureStore
 
 Pair = Literal["text-text", "text-image", "image-text", "image-image"]
@@ -121,7 +121,7 @@ class SampledCosines(NamedTuple):
     own_image_first: float | None
 
 
-def sampled_cosines(store: FeatureStore, first: Rows, second: Rows) -> SampledCosines:
+def sampled_cosines(store: FeatureStore, first: RowNumbers, second: RowNumbers) -> SampledCosines:
     """Compare the features of some captions and images in float64.
 
     Args:
@@ -147,7 +147,9 @@ def sampled_cosines(store: FeatureStore, first: Rows, second: Rows) -> SampledCo
     )
 
 
-def draw_captions(image_rows: Rows, max_images: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
+def draw_captions(
+    image_rows: RowNumbers, max_images: int, generator: np.random.Generator
+) -> tuple[RowNumbers, RowNumbers]:
     """A caption of each image drawn, and another caption of those images that have one.
 
     Args:
@@ -156,7 +158,7 @@ def draw_captions(image_rows: Rows, max_images: int, generator: np.random.Genera
         generator: draws.
 
     Returns:
-        Rows of captions: one of each image, and the second ones.
+        RowNumbers of captions: one of each image, and the second ones.
     """
     images = np.unique(image_rows)
     if len(images) > max_images:
@@ -168,7 +170,7 @@ def draw_captions(image_rows: Rows, max_images: int, generator: np.random.Genera
     return rows[starts], rows[starts[several] + 1]
 
 
-def draw_images(store: FeatureStore, max_images: int, seed: int) -> Rows:
+def draw_images(store: FeatureStore, max_images: int, seed: int) -> RowNumbers:
     """Image rows of a store, without replacement, among the images that have a caption.
 
     Args:
@@ -188,7 +190,7 @@ def unit_rows(features: Array, dtype: type[np.floating[Any]] = np.float32) -> Ar
     return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(dtype).tiny))
 
 
-def _unit_features(store: FeatureStore, rows: Rows) -> tuple[Array, Array, Rows]:
+def _unit_features(store: FeatureStore, rows: RowNumbers) -> tuple[Array, Array, RowNumbers]:
     """Unit features of captions and of their images, and the image rows; rows that hold NaN are left out."""
     if not rows.size:
         return np.empty((0, store.dim)), np.empty((0, store.dim)), rows

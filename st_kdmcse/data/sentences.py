@@ -8,10 +8,9 @@ import io
 import json
 import logging
 import os
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,7 +21,7 @@ from datasets import Dataset
 from datasets import config as datasets_config
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.files import byte_progress, sha256_file
+from st_kdmcse.files import atomic_file, byte_progress, is_gzip, is_parquet, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +44,13 @@ def read_sentences(
 ) -> Dataset:
     """Read a file with one sentence a line, or a row.
 
-    The file is UTF-8 text under any name, the same compressed (``.gz``), or a table (``.parquet``). A byte order mark
-    and Windows line ends are tolerated, blank lines and missing values are skipped (their number is logged), and a
-    sentence is kept as it is apart from surrounding whitespace.
+    The file is UTF-8 text, the same compressed with gzip, or a Parquet table; its content tells which, not its name. A
+    byte order mark and Windows line ends are tolerated. Blank lines and missing values are skipped (their number is
+    logged). A sentence is kept without surrounding whitespace.
 
-    Text of up to 64 MiB is held in memory. Anything else is read once, in chunks, into an Arrow file in ``cache_dir``,
-    which is memory-mapped: neither reading nor keeping the dataset takes memory that grows with the file. The Arrow
-    file takes about as much disk as the text. It is found again by the SHA-256 of the source, so it may be deleted at
-    any time that no dataset uses it, and it is written again when it is damaged.
+    Text of up to 64 MiB is held in memory. Anything else is read once, in chunks, into a memory-mapped Arrow file in
+    ``cache_dir``: memory does not grow with the file. The Arrow file takes about as much disk as the text. Later runs
+    find it by the SHA-256 of the source. Delete it whenever no dataset uses it; a damaged one is written again.
 
     Args:
         path: the file.
@@ -80,7 +78,7 @@ def read_sentences(
     schema = pa.schema([("sentence", pa.string())], {"huggingface": json.dumps({"fingerprint": key})})
     cached = Path(cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "st_kdmcse") / f"{key}.arrow"
 
-    in_memory = size <= _IN_MEMORY_BYTES and not _is_gzip(path) and not _is_parquet(path)
+    in_memory = size <= _IN_MEMORY_BYTES and not is_gzip(path) and not is_parquet(path)
     if not in_memory and (dataset := _open_cached(cached, schema)) is not None:
         return dataset
     with byte_progress(size, f"Reading {path.name}", show_progress_bar) as progress:
@@ -107,21 +105,13 @@ def iter_sentences(path: str | Path, column: str | None = None, deduplicate: boo
     return _sentences(path, _checked_column(path, column), deduplicate, on_bytes=lambda _: None)
 
 
-def _is_gzip(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
-
-
-def _is_parquet(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
-
-
 def _checked_column(path: Path, column: str | None) -> str | None:
     """The column to read; None for text."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file with one sentence a line")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}: give a file with one sentence a line")
-    if not _is_parquet(path):
+    if not is_parquet(path):
         if column is not None:
             raise ValueError(f"{path} is read as text and has no column {column!r}: leave the column out")
         return None
@@ -177,7 +167,7 @@ def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
         ValueError: for a damaged file or one that is not UTF-8 text; names the file and the line.
     """
     with named_errors(path), path.open("rb") as file:
-        stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if _is_gzip(path) else file
+        stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if is_gzip(path) else file
         reported = 0
         for number, line in enumerate(iter(partial(stream.readline, _LINE_BYTES), b""), start=1):
             yield _decode(line, path, number)
@@ -270,22 +260,12 @@ def _open_cached(cached: Path, schema: pa.Schema) -> Dataset | None:
 
 
 def _write_cached(cached: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-    """Write under a name of its own, then rename: the cache is whole at any time, whoever else writes it."""
-    temporary = cached.with_name(f"{cached.name}.{uuid.uuid4().hex}.tmp")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            with pa.ipc.new_stream(file, schema) as stream:
-                for batch in batches:
-                    stream.write_batch(batch)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(cached)
+        with atomic_file(cached, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            for batch in batches:
+                stream.write_batch(batch)
     except OSError as error:
         raise ValueError(
-            f"the sentences cannot be written to the cache {cached.parent} ({error}): give another cache_dir, or set "
+            f"the sentences cannot be written to the cache {cached.parent} ({error}): give another `cache_dir`, or set "
             "HF_DATASETS_CACHE to a folder with room"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

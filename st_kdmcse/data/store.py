@@ -12,6 +12,7 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -29,11 +30,11 @@ from st_kdmcse.data.layout import (
     VERSION,
     Array,
     FeatureDtype,
-    Rows,
+    RowNumbers,
     as_rows,
     off_norm,
 )
-from st_kdmcse.files import ByteProgress, byte_progress, manifest_checksum, sha256_file
+from st_kdmcse.files import ByteProgress, byte_progress, read_manifest, sha256_file
 
 _SAMPLED_ROWS = 256
 
@@ -50,7 +51,7 @@ class FeatureBatch:
 
     image_features: Array
     text_features: Array
-    image_rows: Rows
+    image_rows: RowNumbers
 
 
 class FeatureStore:
@@ -133,7 +134,7 @@ class FeatureStore:
         image_features: Array,
         text_features: Array,
         captions: Sequence[str],
-        image_rows: Sequence[int] | Rows,
+        image_rows: Sequence[int] | RowNumbers,
         image_ids: Sequence[str],
         teacher: str,
         normalized: bool | None = None,
@@ -256,12 +257,12 @@ class FeatureStore:
         return self._texts
 
     @property
-    def image_rows(self) -> Rows:
+    def image_rows(self) -> RowNumbers:
         """(rows,) int64: the row of :attr:`image_features` that belongs to each caption."""
         return self._row_numbers[0]
 
     @property
-    def text_rows(self) -> Rows:
+    def text_rows(self) -> RowNumbers:
         """(rows,) int64: the row of :attr:`text_features` that belongs to each caption."""
         return self._row_numbers[1]
 
@@ -273,6 +274,14 @@ class FeatureStore:
         """Id of the image and caption of each row, in order."""
         for batch in self._table.select(["image", "caption"]).to_batches(max_chunksize=ROWS_PER_CHUNK):
             yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of captions: a row for each, with the columns image, caption, image_row and text_row.
+
+        The copy in memory takes about as much as ``captions.arrow`` on disk.
+        """
+        frame: pd.DataFrame = self._table.select(SCHEMA.names).to_pandas()
+        return frame
 
     def image_id(self, row: int) -> str:
         """The id of a row's image."""
@@ -345,7 +354,7 @@ class FeatureStore:
                 self._verify_features(self._path / name, array, progress)
 
     @cached_property
-    def _row_numbers(self) -> tuple[Rows, Rows]:
+    def _row_numbers(self) -> tuple[RowNumbers, RowNumbers]:
         """Image row and text row of each caption, checked on first use: numpy would wrap negative ones around."""
         columns = []
         for name, limit in (("image_row", len(self._images)), ("text_row", len(self._texts))):
@@ -431,7 +440,7 @@ class FeatureStore:
             progress.update(chunk.nbytes)
 
 
-def _draw_rows(image_rows: Rows, per_image: int, seed: int) -> Rows:
+def _draw_rows(image_rows: RowNumbers, per_image: int, seed: int) -> RowNumbers:
     """At most ``per_image`` rows of each image, drawn without replacement, in ascending order."""
     order = np.lexsort((np.random.default_rng(seed).random(len(image_rows)), image_rows))
     starts = np.flatnonzero(np.diff(image_rows[order], prepend=-1))
@@ -440,26 +449,9 @@ def _draw_rows(image_rows: Rows, per_image: int, seed: int) -> Rows:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The checked content of the manifest; None if the folder has none."""
+    """The checked content of the manifest; None for a folder without one."""
     path = folder / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy or write the store again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the manifest of a feature store: its format is not {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {manifest.get('version')!r}, this st_kdmcse reads version {VERSION}: upgrade "
-            "st-kdmcse, or write the store again"
-        )
-    if manifest.get("checksum") != manifest_checksum(manifest):
-        raise ValueError(
-            f"{path} was edited or damaged: its checksum does not fit its content; restore it, or write the store again"
-        )
-    return manifest
+    return read_manifest(path, FORMAT, VERSION, "copy or write the store again") if path.exists() else None
 
 
 def _table_name(folder: Path, manifest: Mapping[str, Any] | None) -> str:

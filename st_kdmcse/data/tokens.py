@@ -60,8 +60,8 @@ class TokenTable:
     ) -> TokenTable:
         """Tokenize a column, or find what was tokenized before.
 
-        The folder is found again by the sentences, the tokenizer and the maximal length; it may be deleted at any time
-        that no training uses it.
+        The sentences, the tokenizer and the maximal length decide the name of the folder. Delete it whenever no
+        training uses it.
 
         Args:
             dataset: with a column of n sentences.
@@ -70,7 +70,7 @@ class TokenTable:
             tokenizer: the fast tokenizer behind it.
             max_length: tokens after which ``preprocess`` cuts off.
             cache_dir: None is ``st_kdmcse`` in the cache of ``datasets`` (``HF_DATASETS_CACHE``).
-            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+            show_progress_bar: None shows one in a terminal, after two seconds.
 
         Raises:
             ValueError: if the tokenizer is not a fast one, or the cache cannot be written.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
@@ -47,6 +48,15 @@ class STSResult:
     spearman: dict[str, float | None]
     details: dict[str, Any]
     similarities: dict[str, Similarities]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each part: task, subset ("all" for the whole task), pairs, Pearson and Spearman x 100."""
+        rows: list[dict[str, Any]] = []
+        for task, details in self.details.items():
+            whole = {kind: details[kind]["all"] for kind in ("pearson", "spearman")}
+            parts = {"all": {"pairs": details["pairs"], **whole}, **details["subsets"]}
+            rows += [{"task": task, "subset": name, **part} for name, part in parts.items()]
+        return pd.DataFrame(rows, columns=["task", "subset", "pairs", "pearson", "spearman"])
 
     @property
     def absent(self) -> list[str]:
@@ -119,7 +129,8 @@ def evaluate_poolings(
 def has_pooler(model: SentenceTransformer, name_or_path: str) -> bool:
     """Whether the encoder's checkpoint has a pooler, as BERT's has.
 
-    Where it lacks one, as RoBERTa's does, transformers draws it anew at every loading, and its scores mean nothing.
+    Where it lacks one, as RoBERTa's does, transformers draws one at random at every loading, and its scores mean
+    nothing.
 
     Args:
         model: a model.

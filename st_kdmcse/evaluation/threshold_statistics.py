@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from st_kdmcse.data import FeatureStore, true_pair_score
-from st_kdmcse.data.layout import ROWS_PER_CHUNK, Array, Rows
+from st_kdmcse.data.layout import ROWS_PER_CHUNK, Array, RowNumbers
 from st_kdmcse.data.scores import draw_images, unit_rows
 from st_kdmcse.files import progress_bar
 from st_kdmcse.provenance import device_name, provenance
@@ -299,9 +299,9 @@ class _Features:
 
     texts: Array
     images: Array
-    image_rows: Rows
-    counts: Rows
-    starts: Rows
+    image_rows: RowNumbers
+    counts: RowNumbers
+    starts: RowNumbers
 
     @classmethod
     def load(cls, store: FeatureStore) -> _Features:
@@ -314,7 +314,7 @@ class _Features:
         images = unit_rows(store.image_features[image_rows])
         return cls(texts, images, image_rows, counts, np.cumsum(counts) - counts)
 
-    def captions_of(self, images: Rows) -> tuple[Rows, Rows]:
+    def captions_of(self, images: RowNumbers) -> tuple[RowNumbers, RowNumbers]:
         """The captions of some images: the position of the image in ``images``, and the caption, for each."""
         counts = self.counts[images]
         position = np.repeat(np.arange(len(images)), counts)
@@ -324,7 +324,7 @@ class _Features:
 
 
 def _text_text(
-    features: _Features, drawn: Rows, proposed: float | None, batch_size: int, progress: tqdm[Any]
+    features: _Features, drawn: RowNumbers, proposed: float | None, batch_size: int, progress: tqdm[Any]
 ) -> BranchStatistics:
     tally = _Tally("text-text", proposed, batch_size)
     position, anchors = features.captions_of(drawn)
@@ -339,7 +339,7 @@ def _text_text(
 
 
 def _text_image(
-    features: _Features, drawn: Rows, proposed: float | None, batch_size: int, progress: tqdm[Any]
+    features: _Features, drawn: RowNumbers, proposed: float | None, batch_size: int, progress: tqdm[Any]
 ) -> tuple[BranchStatistics, CaptionRanks]:
     tally = _Tally("text-image", proposed, batch_size)
     ranks, best = [], []
@@ -360,7 +360,7 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
-def _ranks(scores: Array, rows: Rows, own: Array) -> npt.NDArray[np.float64]:
+def _ranks(scores: Array, rows: RowNumbers, own: Array) -> npt.NDArray[np.float64]:
     """The rank of each own score in its row of scores; equal scores share their mean rank."""
     ranks = np.empty(len(own))
     for number, (row, score) in enumerate(zip(rows, own, strict=True)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from st_kdmcse.data.sts import STS_TASKS, STSTask
 from st_kdmcse.experiments.runs import Checkpoint, Group, Run, Scores, differing_settings, group_runs, score_runs
@@ -31,7 +32,7 @@ PRESENT = "mean of the tasks present"
 _SETTINGS_OF_METHODS = ("method", "recipe")
 
 
-class Row(NamedTuple):
+class MethodScores(NamedTuple):
     """A method in the tables. Scores are Spearman x 100, None where there is none for every run.
 
     Attributes:
@@ -113,13 +114,33 @@ class Comparison:
         left_out: why runs were left out.
     """
 
-    rows: list[Row]
+    rows: list[MethodScores]
     pairs: list[Pair]
     tasks: dict[str, dict[str, Any]]
     replicates: int
     seed: int
     warnings: list[str]
     left_out: list[str]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each run and checkpoint.
+
+        The columns are method, seed, checkpoint ("best" or "last"), folder, the Spearman x 100 of each task, both kinds
+        of mean (:data:`PRESENT` and :data:`AVERAGE`), and train_seconds. A score that was not measured is missing.
+        """
+        return pd.DataFrame(
+            {
+                "method": row.group.label,
+                "seed": run.seed,
+                "checkpoint": checkpoint,
+                "folder": str(run.folder),
+                **scores,
+                "train_seconds": run.summary["train_seconds"],
+            }
+            for row in self.rows
+            for checkpoint, each in row.each.items()
+            for run, scores in zip(row.group.runs, each, strict=True)
+        )
 
     @property
     def runs(self) -> list[Run]:
@@ -155,7 +176,7 @@ def compare_runs(
     if replicates < 0:
         raise ValueError(f"the number of bootstrap replicates must not be negative, got {replicates}")
     if not tasks and all(run.test_score is None for run in runs):
-        raise ValueError("the runs were trained without evaluation: give a SentEval folder with --data-dir")
+        raise ValueError("the runs were trained without evaluation: give a SentEval folder as `data_dir`")
     groups = group_runs(runs)
     scores = score_runs(runs, tasks, show_progress_bar) if tasks else {}
     rows = [_row(group, scores) for group in groups]
@@ -171,14 +192,14 @@ def compare_runs(
     )
 
 
-def _row(group: Group, scores: Mapping[tuple[Path, Checkpoint], Scores]) -> Row:
+def _row(group: Group, scores: Mapping[tuple[Path, Checkpoint], Scores]) -> MethodScores:
     each: dict[Checkpoint, list[dict[str, float | None]]] = {
         "best": [_task_scores(run, "best", scores) for run in group.runs],
         "last": [_task_scores(run, "last", scores) for run in group.runs],
     }
     best, last = ({name: _summary([run[name] for run in found]) for name in found[0]} for found in each.values())
     values = [run[PRESENT] for run in each["best"]]
-    return Row(
+    return MethodScores(
         group=group,
         best=best,
         last=last,
@@ -227,7 +248,7 @@ def _resampled(
     return {run.folder: each for run, each in zip(runs, found, strict=True)}
 
 
-def _pairs(rows: Sequence[Row], resampled: Mapping[Path, Array] | None) -> list[Pair]:
+def _pairs(rows: Sequence[MethodScores], resampled: Mapping[Path, Array] | None) -> list[Pair]:
     tested = [(first, second) for first, second in combinations(rows, 2) if first.values and second.values]
     plain = [t_test(first.values or [], second.values or []) for first, second in tested]
     welch = [t_test(first.values or [], second.values or [], welch=True) for first, second in tested]
@@ -254,7 +275,7 @@ def _pairs(rows: Sequence[Row], resampled: Mapping[Path, Array] | None) -> list[
     ]
 
 
-def _stacked(row: Row, resampled: Mapping[Path, Array]) -> Array:
+def _stacked(row: MethodScores, resampled: Mapping[Path, Array]) -> Array:
     return np.stack([resampled[run.folder] for run in row.group.runs])
 
 

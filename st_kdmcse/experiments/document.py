@@ -73,7 +73,7 @@ class Bullets:
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """A table: the first column is text, the others are numbers unless ``text`` is set."""
 
     header: Sequence[str]
@@ -90,7 +90,7 @@ class Plot:
     alt: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Plot
+Block = Heading | Paragraph | Bullets | DataTable | Plot
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

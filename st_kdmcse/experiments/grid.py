@@ -129,7 +129,7 @@ def shared_features(root: Path, features: Path | None) -> Path | None:
     if features is None or features.is_dir():
         return features
     if not features.exists():
-        raise FileNotFoundError(f"--features {features} does not exist")
+        raise FileNotFoundError(f"`features` {features} does not exist")
     made, record = Path(root) / _FEATURES, Path(root) / _SOURCE
     with byte_progress(features.stat().st_size, f"Checksum of {features.name}") as progress:
         source = {"name": features.name, "sha256": sha256_file(features, progress.update)}
@@ -137,7 +137,7 @@ def shared_features(root: Path, features: Path | None) -> Path | None:
         earlier = _read_source(record)
         if earlier["sha256"] != source["sha256"]:
             raise ValueError(
-                f"--features {features} (SHA-256 {source['sha256'][:12]}) is not the file that {made} was converted "
+                f"`features` {features} (SHA-256 {source['sha256'][:12]}) is not the file that {made} was converted "
                 f"from, {earlier['name']} (SHA-256 {earlier['sha256'][:12]}): give that one, or choose another folder "
                 "for the grid"
             )

@@ -19,10 +19,10 @@ from st_kdmcse.experiments.comparison import AVERAGE, PRESENT, SIGNIFICANCE, Com
 from st_kdmcse.experiments.document import (
     Block,
     Bullets,
+    DataTable,
     Heading,
     Paragraph,
     Plot,
-    Table,
     save_plots,
     to_html,
     to_markdown,
@@ -99,7 +99,7 @@ def check_output(output: str | Path) -> None:
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
         what = "is a file" if there == output else f"cannot be made, {there} is a file"
-        raise ValueError(f"--output {output} {what}: name a folder for the report")
+        raise ValueError(f"`output` {output} {what}: name a folder for the report")
     new_figure()
 
 
@@ -248,7 +248,7 @@ def _score_tables(comparison: Comparison) -> Iterator[Block]:
     )
     columns = [*STS_TASKS, AVERAGE, *([] if has_all else [PRESENT])]
     cells = [_column([row.best[name] for row in rows]) for name in columns]
-    yield Table(
+    yield DataTable(
         ["method", "seeds", *columns],
         [[row.group.label, str(len(row.group.runs)), *scores] for row, *scores in zip(rows, *cells, strict=True)],
     )
@@ -259,7 +259,7 @@ def _score_tables(comparison: Comparison) -> Iterator[Block]:
     ]
     shown = pairs if comparison.tasks else pairs[:1]
     header = [f"{name}, {which}" for name, *_ in shown for which in ("best", "last", "last − best")]
-    yield Table(
+    yield DataTable(
         ["method", *header],
         [
             [
@@ -290,13 +290,13 @@ def _pair_blocks(comparison: Comparison) -> Iterator[Block]:
     elif smallest > SIGNIFICANCE:
         yield Paragraph(
             f"For {len(comparison.pairs)} pairs of methods, {comparison.replicates:,} replicates are too few: the "
-            f"corrected p of the smallest possible one is {min(1, smallest):.3f}. Give more with `--bootstrap`."
+            f"corrected p of the smallest possible one is {min(1, smallest):.3f}. Give more."
         )
-    yield Table(
+    yield DataTable(
         ["first − second", "difference", "t-test p", "Welch p", "bootstrap 95 % interval", "bootstrap p"],
         [_pair_row(pair) for pair in comparison.pairs],
     )
-    yield Table(
+    yield DataTable(
         ["pair", "over seeds", "over sentence pairs"],
         [[f"{pair.first} and {pair.second}", pair.over_seeds, pair.over_pairs] for pair in comparison.pairs],
         text=True,
@@ -304,7 +304,7 @@ def _pair_blocks(comparison: Comparison) -> Iterator[Block]:
 
 
 def _cost(comparison: Comparison) -> Iterator[Block]:
-    yield Table(
+    yield DataTable(
         ["method", "steps", "seconds a run", "seconds a step"],
         [
             [
@@ -331,7 +331,7 @@ def _provenance(comparison: Comparison) -> Iterator[Block]:
     shared = [name for name in names if name not in ("method", *differing)]
     yield Bullets([f"{name.replace('_', ' ')}: {_setting(runs[0], name)}" for name in shared])
     if differing:
-        yield Table(
+        yield DataTable(
             ["method", *(name.replace("_", " ") for name in differing)],
             [
                 [row.group.label, *(_setting(run, name) for name in differing)]
@@ -339,7 +339,7 @@ def _provenance(comparison: Comparison) -> Iterator[Block]:
             ],
             text=True,
         )
-    yield Table(
+    yield DataTable(
         ["run", "method", "seed", "best step", "device", "date"],
         [
             [
@@ -355,7 +355,7 @@ def _provenance(comparison: Comparison) -> Iterator[Block]:
         text=True,
     )
     if comparison.tasks:
-        yield Table(
+        yield DataTable(
             ["task", "pairs", "sha256"],
             [[name, f"{task['pairs']:,}", f"`{task['sha256'][:16]}`"] for name, task in comparison.tasks.items()],
             text=True,

@@ -21,7 +21,7 @@ from st_kdmcse.data import sha256_file
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
-from st_kdmcse.files import progress_bar, write_json
+from st_kdmcse.files import atomic_file, progress_bar, write_json
 from st_kdmcse.provenance import provenance
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME, LAST_NAME, RUN_NAME, SUMMARY_NAME
@@ -341,11 +341,8 @@ def _scores(folder: Path, checksum: str, tasks: Sequence[STSTask], cache: Path) 
     model = load_model(str(folder))
     result = evaluate_sts(model, tasks, show_progress_bar=False)
     spearman = {name: result.spearman[name] for name in checksums}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(".npz.tmp")
-    with partial.open("wb") as file:
+    with atomic_file(cache.with_suffix(".npz"), "wb") as file:
         np.savez(file, **result.similarities)  # type: ignore[arg-type, unused-ignore]
-    partial.replace(cache.with_suffix(".npz"))
     record = {"spearman": result.spearman, "details": result.details, "model_sha256": checksum}
     write_json(cache, {**record, **provenance(model, folder.name, checksums)})
     return Scores(spearman, result.similarities)
@@ -362,5 +359,5 @@ def _cached(cache: Path, checksum: str, checksums: Mapping[str, str]) -> Scores 
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
-        logger.warning("%s or the .npz beside it cannot be read; both are made anew", cache)
+        logger.warning("%s or the .npz beside it cannot be read; both are made again", cache)
         return None

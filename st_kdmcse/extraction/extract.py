@@ -24,9 +24,9 @@ from tqdm import tqdm
 from st_kdmcse.data import FeatureStore, FeatureStoreWriter
 from st_kdmcse.data.images import ImageError, ImageSource
 from st_kdmcse.data.layout import Array, FeatureDtype
-from st_kdmcse.data.readers import BadRowError, ImageCaptionReader, Problem, Record
+from st_kdmcse.data.readers import BadRowError, CaptionedImage, ImageCaptionReader, Problem
 from st_kdmcse.extraction.parts import End, Part, PartsFolder, chain, digest, record_bytes
-from st_kdmcse.teachers.base import Preprocess, Teacher, load_pixels
+from st_kdmcse.teachers.base import Preprocess, Teacher, try_load
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class _Planned(NamedTuple):
     """A part that is being encoded."""
 
     number: int
-    records: list[Record]
+    records: list[CaptionedImage]
 
 
 @dataclass
@@ -294,14 +294,14 @@ class _Job:
                 for start in range(0, len(sources), batch_size):
                     yield sources[start : start + batch_size]
 
-    def _is_finished(self, number: int, records: Sequence[Record], bar: tqdm[Any]) -> bool:
+    def _is_finished(self, number: int, records: Sequence[CaptionedImage], bar: tqdm[Any]) -> bool:
         header = self.parts.header(number)
         if header is None:
             return False
         if header.digest != self.digests[number]:
             raise ValueError(
                 f"the data set has changed since part {number} of {self.parts.path} was made (from "
-                f"{_place(records[0])}): delete that folder to begin anew"
+                f"{_place(records[0])}): delete that folder to begin again"
             )
         if header.problems:
             there = set(header.image_ids)
@@ -379,13 +379,13 @@ def _finish_part(
     job.unreadable.update(problem.kind for problem in problems)
 
 
-def _stored(features: Array, dtype: FeatureDtype, records: Sequence[Record], what: str) -> Array:
+def _stored(features: Array, dtype: FeatureDtype, records: Sequence[CaptionedImage], what: str) -> Array:
     with np.errstate(over="ignore"):
         stored = features.astype(dtype)
     bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
     if bad.size:
         record = records[bad[0]]
-        remedy = "store float32 (--dtype)" if np.isfinite(features[bad[0]]).all() else "try --precision float32"
+        remedy = "set `dtype` to float32" if np.isfinite(features[bad[0]]).all() else "set `precision` to float32"
         raise ValueError(f"{_place(record)}: the features of the {what} are not finite in {dtype}: {remedy}")
     return stored
 
@@ -397,10 +397,8 @@ class _Images(Dataset[Any]):
         self.preprocess = teacher.preprocess
 
     def __getitem__(self, source: ImageSource) -> Tensor | tuple[str, str]:
-        try:
-            return load_pixels(source, self.preprocess)
-        except ImageError as error:
-            return error.kind, str(error)
+        loaded = try_load(source, self.preprocess)
+        return (loaded.kind, str(loaded)) if isinstance(loaded, ImageError) else loaded
 
 
 def _collate(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]], int]:
@@ -417,26 +415,22 @@ def _named_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
         if not re.search("exited unexpectedly|killed by signal", str(error)):
             raise
         raise ValueError(
-            f"a process that decodes images died ({error}): there may be too little (shared) memory for so many "
-            "--workers"
+            f"a process that decodes images died ({error}): there may be too little (shared) memory: "
+            "set `workers` to fewer"
         ) from error
 
 
-def _image(record: Record) -> ImageSource:
+def _image(record: CaptionedImage) -> ImageSource:
     if record.image is None:
-        raise ValueError(f"{_place(record)}: the data set was opened without images: say where they are (--images)")
+        raise ValueError(f"{_place(record)}: the data set was opened without images: give their folder as `images`")
     return record.image
 
 
-def _is_readable(record: Record, preprocess: Preprocess) -> bool:
-    try:
-        load_pixels(_image(record), preprocess)
-    except ImageError:
-        return False
-    return True
+def _is_readable(record: CaptionedImage, preprocess: Preprocess) -> bool:
+    return not isinstance(try_load(_image(record), preprocess), ImageError)
 
 
-def _place(record: Record) -> str:
+def _place(record: CaptionedImage) -> str:
     return record.where or f"image {record.image_id!r}"
 
 

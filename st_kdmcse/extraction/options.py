@@ -207,13 +207,13 @@ def _check_rows(reader: ImageCaptionReader, options: ExtractionOptions) -> None:
     if reader.streaming:
         return
     if next(iter(reader.records(check_files=False))).image is None:
-        raise ValueError(f"{reader.name} does not bring its images: say where they are (--images)")
+        raise ValueError(f"{reader.name} holds no images: give their folder as `images`")
     if options.on_error == "skip":
         return
     summary = reader.summary()
     count = sum(summary.problems.counts.values())
     if count:
         raise ValueError(
-            f"the data set has {count:,} bad row{'s' if count > 1 else ''}; mend them, or leave them out with "
-            f"--on-error skip:\n{summary}"
+            f"the data set has {count:,} bad row{'s' if count > 1 else ''}; mend them, or set `on_error` to "
+            f"skip, which leaves them out:\n{summary}"
         )

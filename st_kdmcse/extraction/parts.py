@@ -6,9 +6,7 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,17 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from st_kdmcse.data.layout import Array
-from st_kdmcse.data.readers import Problem, Record
+from st_kdmcse.data.readers import CaptionedImage, Problem
+from st_kdmcse.files import atomic_file, locked, read_json, write_json
+from st_kdmcse.provenance import claim
 
 logger = logging.getLogger(__name__)
 
-_RUN, _END, _BAD_ROWS, _LOCK = "run.json", "end.json", "bad_rows.csv", "lock"
+_RUN, _END, _BAD_ROWS = "run.json", "end.json", "bad_rows.csv"
+_COLUMNS = ("kind", "where", "message")
 _METADATA = b"part"
 
 
@@ -99,20 +95,13 @@ class PartsFolder:
         """Keep other processes of this machine from what they must not do at the same time.
 
         Args:
-            exclusive: for joining the parts; shards work side by side under locks that are not.
-            wait: whether to wait for the others.
+            exclusive: for joining the parts; shards share the lock and work side by side.
+            wait: wait for the others.
 
         Raises:
             ValueError: if others are at work.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK).open("w") as file:
-            if fcntl is not None:
-                kind = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
-                try:
-                    fcntl.flock(file, kind)
-                except BlockingIOError:
-                    raise ValueError(f"another process is at work in {self.path}: wait for it, or stop it") from None
+        with locked(self.path, shared=not exclusive, wait=wait):
             yield
 
     def claim(self, run: Mapping[str, Any]) -> None:
@@ -124,26 +113,16 @@ class PartsFolder:
         Raises:
             ValueError: if the parts here were made with other settings.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.exists:
-            # Of several processes one is first, and the others find its settings.
-            _write(self.path / _RUN, json.dumps(run, indent=2).encode(), keep_existing=True)
-        earlier = self.run
-        changes = [
-            f"{name} was {earlier.get(name)!r}, is {value!r}"
-            for name, value in run.items()
-            if earlier.get(name) != value
-        ]
-        if changes:
-            raise ValueError(
-                f"the extraction in {self.path} was begun otherwise ({'; '.join(changes)}): repeat it with the same "
-                "options, choose another output, or delete that folder to begin anew"
-            )
+        claim(
+            self.path / _RUN,
+            run,
+            "repeat the extraction with the same options, choose another output, or delete that folder to begin again",
+        )
 
     @property
     def run(self) -> dict[str, Any]:
         """The settings that the extraction was begun with."""
-        return dict(_read_json(self.path / _RUN))
+        return self._read_json(_RUN)
 
     def header(self, number: int) -> PartHeader | None:
         """A finished part without its features; None if it is not finished."""
@@ -167,7 +146,7 @@ class PartsFolder:
         """
         header = self.header(number)
         if header is None:
-            raise ValueError(f"{self._part(number)} is missing or damaged: run the extraction again, it makes it anew")
+            raise ValueError(f"{self._part(number)} is missing or damaged: run the extraction again, it makes it again")
         with pa.memory_map(str(self._part(number))) as source, pa.ipc.open_file(source) as reader:
             batch = reader.get_batch(0)
             return Part(
@@ -195,10 +174,12 @@ class PartsFolder:
         }
         batch = pa.record_batch(list(columns.values()), names=list(columns))
         batch = batch.replace_schema_metadata({_METADATA: json.dumps(content)})
-        buffer = pa.BufferOutputStream()
-        with pa.ipc.new_file(buffer, batch.schema) as writer:
+        with (
+            _keeping_parts(),
+            atomic_file(self._part(number), "wb") as file,
+            pa.ipc.new_file(file, batch.schema) as writer,
+        ):
             writer.write_batch(batch)
-        _write(self._part(number), buffer.getvalue())
 
     @property
     def count(self) -> int:
@@ -224,15 +205,15 @@ class PartsFolder:
         if not any(header.image_ids for header in headers if header is not None):
             problems = [problem for header in headers if header is not None for problem in header.problems]
             raise ValueError(
-                f"no image could be read, the first one: {problems[0] if problems else 'there is none'}. Is the folder "
-                "of the images (--images) right? The same command tries them again"
+                f"no image could be read, the first one: {problems[0] if problems else 'no reason known'}. Are "
+                "`images` in another folder? The same command tries them again"
             )
 
     @property
     def end(self) -> End | None:
         """What the end of the data set showed; None before a process got there."""
         path = self.path / _END
-        return End(**_read_json(path)) if path.is_file() else None
+        return End(**self._read_json(_END)) if path.is_file() else None
 
     def write_end(self, end: End) -> None:
         """Note the end of the data set.
@@ -243,26 +224,28 @@ class PartsFolder:
         earlier = self.end
         if earlier is not None and earlier.chain != end.chain:
             raise ValueError(_other_data(self.path))
-        _write(self.path / _END, json.dumps(asdict(end)).encode())
+        with _keeping_parts():
+            write_json(self.path / _END, asdict(end))
 
-    def bad_rows(self) -> BadRows:
-        """A list of bad rows, to be filled anew in each pass over the data set."""
-        return BadRows(self.path / _BAD_ROWS)
+    @contextmanager
+    def bad_rows(self) -> Iterator[Callable[[Problem], None]]:
+        """A list of bad rows for one pass over the data set, in a file that appears when the block ends."""
+        with atomic_file(self.path / _BAD_ROWS, newline="", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            yield lambda problem: writer.writerow(_row(problem))
 
     def write_skipped(self, target: Path, count: int) -> None:
         """Write all that was left out into a CSV file: bad rows, then the images of each part that were unreadable."""
-        temporary = self.path / "skipped.csv"
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with atomic_file(target, newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(BadRows.COLUMNS)
+            writer.writerow(_COLUMNS)
             rows = self.path / _BAD_ROWS
             if rows.is_file():
                 with rows.open(encoding="utf-8", newline="") as source:
                     writer.writerows(csv.reader(source))
             for number in range(count):
                 header = self.header(number)
-                writer.writerows(BadRows.row(problem) for problem in (header.problems if header else ()))
-        temporary.replace(target)
+                writer.writerows(_row(problem) for problem in (header.problems if header else ()))
 
     def remove(self) -> None:
         """Delete the folder; what tells that it is one goes last."""
@@ -276,42 +259,14 @@ class PartsFolder:
         (self.path / _RUN).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def _read_json(self, name: str) -> dict[str, Any]:
+        return read_json(self.path / name, f"delete {self.path} to begin again")
+
     def _part(self, number: int) -> Path:
         return self.path / f"part-{number:07d}.arrow"
 
 
-class BadRows:
-    """A context manager that lists bad rows in a file, which appears when the block ends.
-
-    Args:
-        path: the file.
-    """
-
-    COLUMNS = ("kind", "where", "message")
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-    def __enter__(self) -> Callable[[Problem], None]:
-        self._file = self._temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-        writer = csv.writer(self._file)
-        return lambda problem: writer.writerow(self.row(problem))
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._file.close()
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
-
-    @staticmethod
-    def row(problem: Problem) -> tuple[str, str, str]:
-        """A problem as a row of CSV."""
-        return problem.kind, problem.where, problem.message
-
-
-def digest(records: Iterable[Record]) -> str:
+def digest(records: Iterable[CaptionedImage]) -> str:
     """SHA-256 of ids and captions: it tells whether a part belongs to these records."""
     content = hashlib.sha256()
     for record in records:
@@ -319,7 +274,7 @@ def digest(records: Iterable[Record]) -> str:
     return content.hexdigest()
 
 
-def record_bytes(record: Record) -> bytes:
+def record_bytes(record: CaptionedImage) -> bytes:
     """Id and captions, for a digest."""
     return json.dumps([record.image_id, record.captions]).encode()
 
@@ -332,7 +287,7 @@ def chain(digests: Iterable[str]) -> str:
 def _other_data(path: Path) -> str:
     return (
         f"the shards in {path} were made from different data: repeat them with the same options and files, or delete "
-        "that folder to begin anew"
+        "that folder to begin again"
     )
 
 
@@ -345,37 +300,15 @@ def _from_arrow(column: pa.Array) -> Array:
     return values.reshape(-1, column.type.list_size)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {path.parent} to begin anew") from error
+def _row(problem: Problem) -> tuple[str, str, str]:
+    return problem.kind, problem.where, problem.message
 
 
-def _write(path: Path, content: bytes | pa.Buffer, keep_existing: bool = False) -> None:
-    """Write a file in one step, seen from other processes and after a crash."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+@contextmanager
+def _keeping_parts() -> Iterator[None]:
+    """Say what is kept when the disk is full."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_existing:
-            _link(temporary, path)
-        else:
-            temporary.replace(path)
+        yield
     except OSError as error:
         remedy = "what is finished is kept, and the same command goes on from there"
-        raise OSError(error.errno, f"{error.strerror}; {remedy}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Give a file its name, unless there is one of that name."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        temporary.replace(path)
+        raise OSError(error.errno, f"{error.strerror}; {remedy}", error.filename) from error

@@ -4,7 +4,7 @@ from st_kdmcse.search.base import Filter, Hit, Metadata, SearchBackend
 from st_kdmcse.search.build import build_index
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.images import index_images, text_to_image_encoder
-from st_kdmcse.search.records import Record, RecordFile
+from st_kdmcse.search.records import RecordFile, TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex, UnknownIdError
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "Filter",
     "Hit",
     "Metadata",
-    "Record",
     "RecordFile",
     "SearchBackend",
     "SemanticIndex",
+    "TextRecord",
     "UnknownIdError",
     "build_index",
     "index_images",

@@ -49,7 +49,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Rows:
+class NewRows:
     """Rows to be stored.
 
     Attributes:
@@ -75,7 +75,7 @@ class Rows:
         texts: Sequence[str],
         embeddings: npt.ArrayLike,
         metadata: Sequence[Metadata] | None = None,
-    ) -> Rows:
+    ) -> NewRows:
         """Rows whose parts fit together.
 
         Args:
@@ -116,14 +116,14 @@ class SearchBackend(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: NewRows) -> None:
         """Store new rows; all or none.
 
         Raises:
             ValueError: if an id is there already, or the width does not fit; names the id.
         """
 
-    def replace(self, rows: Rows) -> None:
+    def replace(self, rows: NewRows) -> None:
         """Store rows in the place of those with the same ids.
 
         Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,16 +19,16 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.files import progress_bar, sha256_file, write_json
-from st_kdmcse.provenance import parameters_checksum
-from st_kdmcse.search.base import Matrix, Rows
-from st_kdmcse.search.encoding import encode_documents
+from st_kdmcse.encoding import encode_documents
+from st_kdmcse.files import LOCK, atomic_file, locked, progress_bar, sha256_file, write_json
+from st_kdmcse.provenance import claim, parameters_checksum
+from st_kdmcse.search.base import Matrix, NewRows
 from st_kdmcse.search.factory import Reordered, build_faiss, check_recall_target, held_out_swaps
 from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
-from st_kdmcse.search.records import Record
+from st_kdmcse.search.records import TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex, model_header
-from st_kdmcse.search.storage import LOCK, check_free, is_index, locked, write_index
-from st_kdmcse.search.table import Table
+from st_kdmcse.search.storage import check_free, is_index, write_index
+from st_kdmcse.search.table import RowTable
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ _RUN, _TABLE = "run.json", "rows.sqlite"
 
 
 def build_index(
-    records: Callable[[], Iterable[Record]],
+    records: Callable[[], Iterable[TextRecord]],
     model: SentenceTransformer,
     model_name: str | None,
     path: str | Path,
@@ -115,7 +114,7 @@ class _Parts:
 
     def __init__(self, path: Path, dim: int, block_rows: int) -> None:
         self.path, self.dim, self.block_rows = path, dim, block_rows
-        self.table = Table.create(path / _TABLE)
+        self.table = RowTable.create(path / _TABLE)
 
     @classmethod
     @contextmanager
@@ -126,23 +125,14 @@ class _Parts:
         dim = int(model.get_embedding_dimension() or 0)
         run = {"source": dict(source), "model": parameters_checksum(model), "dim": dim, "block_rows": block_rows}
         with locked(path):
-            if (path / _RUN).is_file():
-                earlier = _read_json(path / _RUN) or {}
-                changes = [name for name, value in run.items() if earlier.get(name) != value]
-                if changes:
-                    raise ValueError(
-                        f"what was begun in {path} differs in {', '.join(changes)} ({_shown(earlier, changes)}, now "
-                        f"{_shown(run, changes)}): delete that folder to begin anew, or choose another output"
-                    )
-            else:
-                write_json(path / _RUN, run)
+            claim(path / _RUN, run, "delete that folder to begin again, or choose another output")
             parts = cls(path, dim, block_rows)
             try:
                 yield parts
             finally:
                 parts.table.close()
 
-    def finished(self, number: int, records: Sequence[Record], positions: Sequence[int]) -> bool:
+    def finished(self, number: int, records: Sequence[TextRecord], positions: Sequence[int]) -> bool:
         """Whether a part is there, whole.
 
         Raises:
@@ -154,7 +144,7 @@ class _Parts:
         if note.get("records") != _digest(records):
             raise ValueError(
                 f"{self._file(number, 'npy')} was made from other records, though their source is the same: delete "
-                f"{self.path} to begin anew"
+                f"{self.path} to begin again"
             )
         array = self._file(number, "npy")
         if not array.is_file() or sha256_file(array) != note.get("sha256"):
@@ -163,17 +153,13 @@ class _Parts:
         ids = [record.id for record in records]
         return self.table.known(ids) == dict(zip(ids, positions, strict=True))
 
-    def write(self, number: int, records: Sequence[Record], positions: Sequence[int], embeddings: Matrix) -> None:
+    def write(self, number: int, records: Sequence[TextRecord], positions: Sequence[int], embeddings: Matrix) -> None:
         """Save a part; it is there, whole, when this returns."""
         ids, texts = [record.id for record in records], [record.text for record in records]
-        rows = Rows.checked(ids, texts, embeddings, [record.metadata for record in records])
+        rows = NewRows.checked(ids, texts, embeddings, [record.metadata for record in records])
         array = self._file(number, "npy")
-        temporary = array.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with atomic_file(array, "wb") as file:
             np.save(file, rows.embeddings)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(array)
         with self.table.transaction():
             self.table.delete(ids)
             self.table.insert(positions, ids, texts, rows.metadata)
@@ -212,12 +198,12 @@ class _PartVectors:
         return found
 
 
-def _check(records: Iterable[Record], show: bool | None) -> int:
+def _check(records: Iterable[TextRecord], show: bool | None) -> int:
     """The number of records; each must be fit for the index."""
     total = 0
     with Seen() as seen, _progress(None, "Checking", show) as progress:
         for total, record in enumerate(records, start=1):
-            Rows.checked([record.id], [record.text], np.ones((1, 1)), [record.metadata])
+            NewRows.checked([record.id], [record.text], np.ones((1, 1)), [record.metadata])
             if not isinstance(record.text, str) or not record.text.strip():
                 raise ValueError(f"record {total} (id {record.id!r}): the text is {record.text!r}, expected one")
             if not seen.add(record.id):
@@ -229,7 +215,7 @@ def _check(records: Iterable[Record], show: bool | None) -> int:
 
 
 def _encode(
-    records: Iterable[Record],
+    records: Iterable[TextRecord],
     total: int,
     encode: Callable[[Sequence[str]], Matrix],
     parts: _Parts,
@@ -274,7 +260,7 @@ def _pool(model: SentenceTransformer, devices: Sequence[str] | None) -> Iterator
         model.to(device)  # the pool has moved it to the CPU
 
 
-def _digest(records: Iterable[Record]) -> str:
+def _digest(records: Iterable[TextRecord]) -> str:
     content = hashlib.sha256()
     for record in records:
         content.update(json.dumps([record.id, record.text, record.metadata]).encode())
@@ -288,10 +274,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _shown(run: Mapping[str, Any], names: Sequence[str]) -> str:
-    return json.dumps({name: run.get(name) for name in names}, ensure_ascii=False)
 
 
 def _progress(total: int | None, description: str, show: bool | None) -> tqdm[Any]:

@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 from st_kdmcse.encoding import encode_distinct
 from st_kdmcse.files import progress_bar
 from st_kdmcse.search.base import Matrix
-from st_kdmcse.search.factory import load_faiss
-from st_kdmcse.search.records import Record
+from st_kdmcse.search.faiss_library import load_faiss
+from st_kdmcse.search.records import TextRecord
 
 DUPLICATE_COLUMNS = pa.schema(
     [
@@ -75,7 +75,7 @@ class Duplicates:
 
 
 def find_duplicates(
-    records: Iterable[Record],
+    records: Iterable[TextRecord],
     model: SentenceTransformer,
     *,
     threshold: float = 0.9,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from st_kdmcse.files import progress_bar
 from st_kdmcse.search.base import Matrix
+from st_kdmcse.search.faiss_library import gpus, load_faiss
 
 logger = logging.getLogger(__name__)
 
@@ -74,29 +75,6 @@ class Vectors(Protocol):
 
     def __getitem__(self, rows: Any, /) -> npt.NDArray[Any]:
         """Some rows, by slice or by an array of row numbers."""
-
-
-def load_faiss() -> Any:
-    """The module ``faiss``, of either wheel.
-
-    It uses all cores; the environment variable OMP_NUM_THREADS sets another number.
-
-    Raises:
-        ImportError: if it is not installed; names the extra.
-    """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            'the search index needs FAISS: pip install "st-kdmcse[search]", or on a GPU "st-kdmcse[gpu]" (never both)'
-        ) from error
-    return faiss
-
-
-def gpus() -> int:
-    """GPUs that FAISS can use: none with the wheel for CPUs."""
-    faiss = load_faiss()
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def choose_factory(rows: int, dim: int, memory_limit: int | None = None) -> Choice:

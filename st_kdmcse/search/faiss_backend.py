@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.search.base import Filter, Hit, Matrix, Rows
+from st_kdmcse.search.base import Filter, Hit, Matrix, NewRows
 from st_kdmcse.search.factory import (
     EXACT_ROWS,
     RECALL_AT,
@@ -23,13 +23,13 @@ from st_kdmcse.search.factory import (
     effort_name,
     get_effort,
     is_exact,
-    load_faiss,
     new_index,
     searching,
     train,
 )
+from st_kdmcse.search.faiss_library import load_faiss
 from st_kdmcse.search.gpu import MOST_RESULTS, GpuSearch
-from st_kdmcse.search.table import Positions, Table
+from st_kdmcse.search.table import Positions, RowTable
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class FaissBackend:
         ValueError: if the two do not fit together.
     """
 
-    def __init__(self, index: Any, table: Table, factory: str, tuning: Tuning | None = None) -> None:
+    def __init__(self, index: Any, table: RowTable, factory: str, tuning: Tuning | None = None) -> None:
         self.index = index
         self.table = table
         self.factory = factory
@@ -84,12 +84,12 @@ class FaissBackend:
     @classmethod
     def empty(cls, dim: int, factory: str = "Flat") -> FaissBackend:
         """An index without rows; a type that needs training is trained on the first rows that are added."""
-        return cls(new_index(dim, factory), Table.temporary(), factory)
+        return cls(new_index(dim, factory), RowTable.temporary(), factory)
 
     @classmethod
     def build(
         cls,
-        rows: Rows,
+        rows: NewRows,
         factory: str | None = None,
         recall_target: float = 0.95,
         memory_limit: int | None = None,
@@ -108,7 +108,7 @@ class FaissBackend:
         factory = chosen_factory(len(rows), rows.embeddings.shape[1], factory, memory_limit)
         vectors = Reordered(rows.embeddings)
         index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
-        table = Table.temporary()
+        table = RowTable.temporary()
         with table.transaction():
             table.insert(vectors.order, rows.ids, rows.texts, rows.metadata)  # swaps are their own inverse
         return cls(index, table, factory, tuning)
@@ -122,7 +122,7 @@ class FaissBackend:
         """Number of rows."""
         return len(self.table)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: NewRows) -> None:
         """Store new rows; all or none.
 
         Raises:
@@ -131,7 +131,7 @@ class FaissBackend:
         with self._lock:
             self._append(rows, replaced=False)
 
-    def replace(self, rows: Rows) -> None:
+    def replace(self, rows: NewRows) -> None:
         """Store rows in the place of those with the same ids.
 
         Raises:
@@ -239,7 +239,7 @@ class FaissBackend:
             "device": "gpu" if self._on_gpu[1] else "cpu",  # of the last search
         }
 
-    def _append(self, rows: Rows, replaced: bool) -> None:
+    def _append(self, rows: NewRows, replaced: bool) -> None:
         if rows.embeddings.shape[1] != self.dim:
             raise ValueError(
                 f"embeddings of width {rows.embeddings.shape[1]}: the index has vectors of width {self.dim}"

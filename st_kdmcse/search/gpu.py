@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from st_kdmcse.search.base import Matrix
-from st_kdmcse.search.factory import gpus, load_faiss, size_text
+from st_kdmcse.search.factory import size_text
+from st_kdmcse.search.faiss_library import gpus, load_faiss
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.files import progress_bar
 from st_kdmcse.losses.heads import ProjectionHead, load_head
-from st_kdmcse.search.base import Matrix, Rows
+from st_kdmcse.search.base import Matrix, NewRows
 from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.semantic_index import OWN_MODEL, SemanticIndex
@@ -75,7 +75,7 @@ def index_images(
     if folder is not None:
         _check_files(folder, ids)
     embeddings = _embeddings(store, head, show_progress_bar)
-    rows = Rows.checked(ids, captions, embeddings, [{} if folder is None else {IMAGE: each} for each in ids])
+    rows = NewRows.checked(ids, captions, embeddings, [{} if folder is None else {IMAGE: each} for each in ids])
     notes = {"folder": None if folder is None else str(folder), "store": store.checksum, "teacher": store.teacher}
     backend = FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar)
     index = SemanticIndex(backend, encoder, OWN_MODEL, notes)

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from st_kdmcse.search.base import MAX_ID_LENGTH, Filter, Hit, Matrix, Metadata, Rows, conditions
+from st_kdmcse.search.base import MAX_ID_LENGTH, Filter, Hit, Matrix, Metadata, NewRows, conditions
 
 MAX_TEXT_BYTES = 65_535
 """Of a text in UTF-8: the limit of Milvus for a VARCHAR."""
@@ -111,7 +111,7 @@ class MilvusBackend:
             counted = self._client.query(self._collection, filter="", output_fields=["count(*)"], **_STRONG)
         return int(counted[0]["count(*)"])
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: NewRows) -> None:
         """Store new rows; all or none: after an error, or Ctrl-C, those that were stored already are removed again.
 
         Args:
@@ -133,7 +133,7 @@ class MilvusBackend:
                 self._delete(rows.ids)
             raise
 
-    def replace(self, rows: Rows) -> None:
+    def replace(self, rows: NewRows) -> None:
         """Store rows in the place of those with the same ids.
 
         A server that fails meanwhile leaves the rows of some messages, of 16 MiB each, replaced: repeat the call.
@@ -263,7 +263,7 @@ class MilvusBackend:
             )
         return int(fields["embedding"]["params"]["dim"])
 
-    def _batches(self, rows: Rows) -> list[list[dict[str, Any]]]:
+    def _batches(self, rows: NewRows) -> list[list[dict[str, Any]]]:
         """The rows as Milvus takes them, in messages of bounded size; raises what is wrong with them."""
         if rows.embeddings.shape[1:] != (self.dim,):
             raise ValueError(f"the embeddings have shape {rows.embeddings.shape}; the index is of width {self.dim}")

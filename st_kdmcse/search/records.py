@@ -6,9 +6,7 @@ import csv
 import json
 import math
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -20,10 +18,9 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from st_kdmcse.data.readers.table import is_parquet
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.data.sentences import named_errors, read_lines
-from st_kdmcse.files import byte_progress, sha256_file
+from st_kdmcse.files import atomic_path, byte_progress, is_parquet, sha256_file
 from st_kdmcse.search.base import MAX_ID_LENGTH
 
 OnEmpty = Literal["skip", "raise"]
@@ -51,7 +48,7 @@ _READERS: tuple[_Reader, ...] = (
 
 
 @dataclass(frozen=True)
-class Record:
+class TextRecord:
     """A text to be indexed.
 
     Attributes:
@@ -143,11 +140,11 @@ class RecordFile:
         with named_errors(self.path):
             return int(pq.read_metadata(self.path).num_rows)
 
-    def __call__(self) -> Iterator[Record]:
+    def __call__(self) -> Iterator[TextRecord]:
         """The records from the beginning; what :func:`~st_kdmcse.search.build.build_index` wants."""
         return iter(self)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[TextRecord]:
         return self._records(lambda _: None)
 
     def check(self, show_progress_bar: bool | None = None) -> int:
@@ -177,7 +174,7 @@ class RecordFile:
         options = [self._format, self.text_column, self._id_column, self._wanted]
         return {"file": self.path.name, "bytes": str(size), "sha256": checksum, "options": json.dumps(options)}
 
-    def _records(self, on_bytes: OnBytes) -> Iterator[Record]:
+    def _records(self, on_bytes: OnBytes) -> Iterator[TextRecord]:
         rows = skipped = 0
         first_skipped = ""
         with Seen() as seen:
@@ -191,7 +188,7 @@ class RecordFile:
                 key = str(row.number) if self._id_column is None else self._id(row)
                 if self._id_column is not None and not seen.add(key):
                     raise self._duplicate(key, row)
-                yield Record(key, text, self._plain_metadata(row))
+                yield TextRecord(key, text, self._plain_metadata(row))
         if rows == skipped:
             raise ValueError(f"{self.path} has no text: it is empty, or all its {self._unit}s are")
         self.skipped, self.first_skipped = skipped, first_skipped
@@ -340,16 +337,9 @@ def write_rows(path: str | Path, schema: pa.Schema, rows: Iterable[Mapping[str, 
         ValueError: for another suffix.
     """
     path = output_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()]
-    try:
-        count = write(temporary, schema, rows)
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    return count
+    with atomic_path(path) as temporary:
+        return write(temporary, schema, rows)
 
 
 def _write_csv(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:

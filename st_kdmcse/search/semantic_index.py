@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.encoding import load_model
+from st_kdmcse.encoding import encode_documents, encode_queries, load_model
 from st_kdmcse.files import write_folder
 from st_kdmcse.provenance import model_identity
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
-from st_kdmcse.search.base import Filter, Hit, Metadata, Rows, SearchBackend
-from st_kdmcse.search.encoding import encode_documents, encode_queries
+from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
 from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, write_index
@@ -184,7 +183,7 @@ class SemanticIndex:
         check_recall_target(recall_target)
         model, name = load_named(model)
         texts = checked_texts(texts)
-        rows = Rows.checked(_new_ids(ids, texts), texts, embeddings, None if metadata is None else list(metadata))
+        rows = NewRows.checked(_new_ids(ids, texts), texts, embeddings, None if metadata is None else list(metadata))
         return cls._from_rows(model, name, rows, factory, recall_target, memory_limit, show_progress_bar)
 
     @classmethod
@@ -396,7 +395,7 @@ class SemanticIndex:
         cls,
         model: SentenceTransformer,
         name: str | None,
-        rows: Rows,
+        rows: NewRows,
         factory: str | None,
         recall_target: float,
         memory_limit: int | None,
@@ -507,13 +506,12 @@ def _load_expected(header: Mapping[str, Any], place: str) -> tuple[SentenceTrans
     """The model that an index was made with, from where it was then or, with :data:`OWN_MODEL`, from its folder."""
     name = header["model"]["name"]
     if not name:
-        raise ValueError(f"the index {place} does not know the name of its model: give the model (--model)")
+        raise ValueError(f"the index {place} does not know the name of its model: give the model as `model`")
     try:
         return load_named(str(Path(place, ENCODER)) if name == OWN_MODEL else name)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
-            f"the index {place} was made with the model {name}, which could not be loaded; say where it is now "
-            f"(--model) ({error})"
+            f"the index {place} was made with the model {name}, which could not be loaded: give it as `model` ({error})"
         ) from error
 
 
@@ -523,13 +521,13 @@ def _texts_rows(
     ids: Sequence[str],
     metadata: Iterable[Metadata] | None,
     show_progress_bar: bool | None,
-) -> Rows:
+) -> NewRows:
     """Rows with the embeddings of their texts; all else is checked before the texts are encoded."""
     listed = None if metadata is None else list(metadata)
-    Rows.checked(ids, texts, np.ones((len(texts), 1)), listed)
+    NewRows.checked(ids, texts, np.ones((len(texts), 1)), listed)
     if not texts:
-        return Rows([], [], np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32), [])
-    return Rows.checked(ids, texts, encode_documents(model, texts, show_progress_bar=show_progress_bar), listed)
+        return NewRows([], [], np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32), [])
+    return NewRows.checked(ids, texts, encode_documents(model, texts, show_progress_bar=show_progress_bar), listed)
 
 
 def _ids(ids: Iterable[str]) -> list[str]:

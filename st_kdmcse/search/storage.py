@@ -1,36 +1,32 @@
-"""The folder of a saved index: what is in it, written so that it is whole at any moment, read with suspicion."""
+"""The folder of a saved index: written so that it is whole at any moment, and checked when it is read."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-from st_kdmcse.files import byte_progress, manifest_checksum, sha256_file, sync_path
+from st_kdmcse import files
+from st_kdmcse.files import LOCK, byte_progress, locked, manifest_checksum, sha256_file, sync_path, write_json
 from st_kdmcse.provenance import versions
-from st_kdmcse.search.factory import Tuning, load_faiss
+from st_kdmcse.search.factory import Tuning
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.table import Table
+from st_kdmcse.search.faiss_library import load_faiss
+from st_kdmcse.search.table import RowTable
 
 FORMAT = "st_kdmcse.semantic_index"
 VERSION = 1
-MANIFEST, LOCK = "manifest.json", "lock"
+MANIFEST = "manifest.json"
 VECTORS, TABLE = "vectors.faiss", "rows.sqlite"
 ENCODER = "encoder"
 """Folder of the model of an index that has its own, see :func:`~st_kdmcse.search.images.index_images`."""
 
 _FOLDER = "data-"
+_REMEDY = "build the index again, or restore a copy"
 
 
 def is_index(path: Path) -> bool:
@@ -50,23 +46,6 @@ def check_free(path: Path) -> None:
         raise ValueError(f"{path} is a file: an index is a folder")
     if path.is_dir() and any(not _ours(each) for each in path.iterdir()):
         raise ValueError(f"{path} is a folder with something else in it: choose another, or an empty one")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine from writing to a folder at the same time.
-
-    Raises:
-        ValueError: if another one is at work there.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from None
-        yield
 
 
 def write_index(
@@ -127,11 +106,7 @@ def write_index(
         for name in (VECTORS, TABLE):
             sync_path(folder / name)
         sync_path(folder)
-        temporary = folder / MANIFEST
-        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync_path(temporary)
-        temporary.replace(path / MANIFEST)
-        sync_path(path)
+        write_json(path / MANIFEST, manifest)
         _remove_others(path, folder.name)
         return str(manifest["checksum"])
 
@@ -143,24 +118,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no index.
         ValueError: if the manifest is damaged or altered, or of another version.
     """
-    file = path / MANIFEST
-    if not file.is_file():
+    if not is_index(path):
         raise FileNotFoundError(
             f"there is no index at {path}: make one with st-kdmcse index build, or SemanticIndex.build"
         )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): build the index anew, or take it from a copy") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{file} is not the manifest of an index of this package")
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{file} has version {manifest.get('version')}, this package reads {VERSION}: update it, or build anew"
-        )
-    if manifest.get("checksum") != manifest_checksum(manifest):
-        raise ValueError(f"{file} was altered or is damaged: build the index anew, or take it from a copy")
-    return manifest
+    return files.read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)
 
 
 def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[FaissBackend, dict[str, Any]]:
@@ -183,31 +145,31 @@ def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[Faiss
             return _read(path, manifest, show_progress_bar), manifest
         except FileNotFoundError:
             if is_index(path) and read_manifest(path)["checksum"] == manifest["checksum"]:
-                raise  # else it was saved anew while it was read
+                raise  # unless another process has saved it in the meantime
 
 
 def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | None) -> FaissBackend:
     folder = path / manifest["folder"]
     if folder.parent != path or set(manifest["files"]) != {VECTORS, TABLE}:
         raise ValueError(f"{path / MANIFEST} names files that are not those of an index")
-    files = {folder / name: known for name, known in manifest["files"].items()}
-    for file, known in files.items():
+    expected = {folder / name: known for name, known in manifest["files"].items()}
+    for file, known in expected.items():
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: build the index anew, or take it from a copy")
+            raise FileNotFoundError(f"{file} is missing: {_REMEDY}")
         if file.stat().st_size != known["bytes"]:
             raise ValueError(
-                f"{file} has {file.stat().st_size:,} bytes, not {known['bytes']:,}: it is truncated or altered; build "
-                "the index anew, or take it from a copy"
+                f"{file} has {file.stat().st_size:,} bytes, not {known['bytes']:,}, so it is truncated or altered: "
+                f"{_REMEDY}"
             )
-    total = sum(known["bytes"] for known in files.values())
+    total = sum(known["bytes"] for known in expected.values())
     with byte_progress(total, f"Checking {path.name}", show_progress_bar) as progress:
-        for file, known in files.items():
+        for file, known in expected.items():
             if sha256_file(file, progress.update) != known["sha256"]:
-                raise ValueError(f"{file} was altered or is damaged: build the index anew, or take it from a copy")
+                raise ValueError(f"{file} was altered or is damaged: {_REMEDY}")
     index = load_faiss().read_index(str(folder / VECTORS))
-    table = Table.open(folder / TABLE)
+    table = RowTable.open(folder / TABLE)
     if (index.d, index.ntotal, len(table)) != (manifest["dim"], manifest["vectors"], manifest["rows"]):
-        raise ValueError(f"the files of {folder} do not belong together: build the index anew, or take it from a copy")
+        raise ValueError(f"the files of {folder} do not belong together: {_REMEDY}")
     tuning = manifest["tuning"]
     return FaissBackend(index, table, manifest["factory"], None if tuning is None else Tuning(**tuning))
 

@@ -23,7 +23,7 @@ _AMONG = "(SELECT value FROM json_each(?))"
 _OPERATORS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
-class Table:
+class RowTable:
     """Rows in a SQLite database; a file of a saved index is never written to.
 
     A table that was opened from a file turns, with its first change, into a temporary copy (in memory while small, then
@@ -43,18 +43,18 @@ class Table:
         self._count = int(database.execute('SELECT COUNT(*) FROM "rows"').fetchone()[0])
 
     @classmethod
-    def temporary(cls) -> Table:
+    def temporary(cls) -> RowTable:
         """An empty table that lasts as long as the process."""
         # An empty name is SQLite's temporary database: in its cache while small, then in a file that is deleted.
         return cls(_connect(""))
 
     @classmethod
-    def create(cls, path: Path) -> Table:
+    def create(cls, path: Path) -> RowTable:
         """The table in a file, made if there is none; every transaction is on disk when it ends."""
         return cls(_connect(path.resolve().as_uri()))
 
     @classmethod
-    def open(cls, path: Path) -> Table:
+    def open(cls, path: Path) -> RowTable:
         """The table of a saved index.
 
         Raises:

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -117,12 +116,39 @@ class Teacher(ABC):
             ValueError: if an image cannot be read, naming it; if the teacher knows no images.
         """
         features = np.empty((len(images), self.dim), dtype=np.float32)
-        load = partial(load_pixels, preprocess=self.preprocess)
-        with ThreadPoolExecutor(workers) as pool:  # decoding releases the interpreter lock
-            for rows in batches(len(images), self.batch_size, "Images", show_progress_bar):
-                pixels = torch.stack(list(pool.map(load, images[rows])))
-                features[rows] = self.encode_pixels(pixels).cpu().numpy()
+        for rows, found, errors in self.encode_readable(images, show_progress_bar, workers):
+            for error in errors.values():
+                raise error
+            features[rows] = found
         return features
+
+    def encode_readable(
+        self, images: Sequence[TeacherImage], show_progress_bar: bool | None = True, workers: int | None = None
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.float32], dict[int, ImageError]]]:
+        """Features of images batch by batch, and the errors of those that cannot be read.
+
+        Args:
+            images: N images, as for :meth:`encode_images`.
+            show_progress_bar: show a progress bar if there are more than a few batches; None in a terminal only.
+            workers: threads that decode; by default a few more than there are CPU cores.
+
+        Yields:
+            For each batch the positions of the readable images, their (B, T) features, and the errors by position.
+        """
+        preprocess = self.preprocess
+        with ThreadPoolExecutor(workers) as pool:  # decoding releases the interpreter lock
+            for batch in batches(len(images), self.batch_size, "Images", show_progress_bar):
+                loaded = list(pool.map(lambda image: try_load(image, preprocess), images[batch]))
+                positions = range(len(images))[batch]
+                errors = {
+                    row: each for row, each in zip(positions, loaded, strict=True) if isinstance(each, ImageError)
+                }
+                rows = [row for row in positions if row not in errors]
+                pixels = [each for each in loaded if isinstance(each, torch.Tensor)]
+                features = np.empty((0, self.dim), dtype=np.float32)
+                if pixels:
+                    features = self.encode_pixels(torch.stack(pixels)).cpu().numpy()
+                yield rows, features, errors
 
 
 class ModelTeacher(Teacher):
@@ -157,7 +183,7 @@ class ModelTeacher(Teacher):
         """See :meth:`Teacher.encode_texts`."""
         if isinstance(texts, str):
             raise ValueError(f"texts is one string, expected a list of strings: [{texts[:60]!r}]")
-        # Texts of like length need little padding; the longest come first, so that memory runs out at once or never.
+        # Texts of similar length need little padding; the longest come first, so that memory runs out early or never.
         order = np.argsort([-len(text) for text in texts], kind="stable")
         features = np.empty((len(texts), self.dim), dtype=np.float32)
         for rows in batches(len(texts), self.batch_size, "Texts", show_progress_bar):
@@ -210,6 +236,14 @@ def load_pixels(image: TeacherImage, preprocess: Preprocess) -> torch.Tensor:
         raise
     except Exception as error:  # what decoders raise for broken files is not documented, and is almost anything
         raise ImageError("undecodable image", f"{name} cannot be decoded ({error}): replace it") from error
+
+
+def try_load(image: TeacherImage, preprocess: Preprocess) -> torch.Tensor | ImageError:
+    """(3, H, W) pixels as from :func:`load_pixels`, or the error."""
+    try:
+        return load_pixels(image, preprocess)
+    except ImageError as error:
+        return error
 
 
 def batches(count: int, batch_size: int, description: str, show_progress_bar: bool | None) -> tqdm[slice]:

@@ -47,7 +47,7 @@ def load_teacher(name: str, pretrained: str | None = None, text_teacher: str | N
     if kind == "open_clip":
         return OpenCLIPTeacher(source, _weights(source, pretrained), **options)
     if pretrained is not None:
-        raise ValueError(f"{name} brings its own weights: leave {pretrained!r} (--pretrained) out")
+        raise ValueError(f"{name} brings its own weights: leave `pretrained` ({pretrained!r}) out")
     make: Callable[..., Teacher] = CLIPTeacher if kind == "transformers" else SentenceTransformerTeacher
     return make(source, **options)
 
@@ -99,16 +99,14 @@ def _weights(source: str, pretrained: str | None) -> str | None:
     """The weights of an open_clip model."""
     if source.startswith(("hf-hub:", "local-dir:")):
         if pretrained is not None:
-            raise ValueError(f"{source} brings its own weights: leave {pretrained!r} (--pretrained) out")
+            raise ValueError(f"{source} brings its own weights: leave `pretrained` ({pretrained!r}) out")
         return None
     if pretrained is not None:
         return pretrained
     if source.endswith(".json"):
-        raise ValueError(
-            f"{source} is a configuration without weights: give the path of a checkpoint as pretrained (--pretrained)"
-        )
+        raise ValueError(f"{source} is a configuration without weights: give the path of a checkpoint as `pretrained`")
     tags = import_open_clip().list_pretrained_tags_by_model(known_model(source))
     if _DEFAULT_TAG not in tags:
         choice = f"one of {', '.join(tags)}" if tags else "the path of a checkpoint"
-        raise ValueError(f"{source} has no weights {_DEFAULT_TAG!r}: give {choice} as pretrained (--pretrained)")
+        raise ValueError(f"{source} has no weights {_DEFAULT_TAG!r}: give {choice} as `pretrained`")
     return _DEFAULT_TAG

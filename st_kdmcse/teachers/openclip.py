@@ -158,10 +158,10 @@ def _check_pretrained(model_name: str, pretrained: str) -> None:
     if Path(pretrained).suffix in _CHECKPOINT_SUFFIXES or Path(pretrained).name != pretrained:
         raise FileNotFoundError(f"no checkpoint {pretrained}")
     tags = open_clip.list_pretrained_tags_by_model(model_name)
-    known = f"its tags: {', '.join(tags)}" if tags else "it has none"
+    known = f"its tags: {', '.join(tags)}" if tags else "it has no tags"
     raise ValueError(
         f"open_clip knows no weights {pretrained!r} of {model_name}{_near(pretrained, tags)}; {known}. "
-        "Give one of them, or the path of a checkpoint, as pretrained (--pretrained)"
+        "Give one of them, or the path of a checkpoint, as `pretrained`"
     )
 
 

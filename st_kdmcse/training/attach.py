@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from st_kdmcse.data.images import FileSlice, ImageError
-from st_kdmcse.teachers.base import Teacher, TeacherImage, batches, load_pixels
+from st_kdmcse.data.images import FileSlice
+from st_kdmcse.teachers.base import Teacher, TeacherImage
 from st_kdmcse.training.examples import MultimodalInputExample
 
 _LISTED = 10
@@ -83,18 +81,12 @@ def _attach_images(examples: list[MultimodalInputExample], teacher: Teacher, sho
             same_image.setdefault(_key(example.image), []).append(position)
     groups = list(same_image.values())
     unreadable = []
-    with ThreadPoolExecutor() as pool:
-        for rows in batches(len(groups), teacher.batch_size, "Images", show_progress_bar):
-            loaded = list(pool.map(lambda group: _try_load(examples[group[0]].image, teacher), groups[rows]))
-            tried = list(zip(groups[rows], loaded, strict=True))
-            unreadable += [(group[0], error) for group, error in tried if isinstance(error, ImageError)]
-            good = [(group, pixels) for group, pixels in tried if isinstance(pixels, torch.Tensor)]
-            if not good:
-                continue
-            features = teacher.encode_pixels(torch.stack([pixels for _, pixels in good])).cpu().numpy()
-            for (group, _), image_features in zip(good, features, strict=True):
-                for position in group:
-                    examples[position].image_features = image_features
+    images = [image for group in groups if (image := examples[group[0]].image) is not None]
+    for rows, features, errors in teacher.encode_readable(images, show_progress_bar):
+        unreadable += [(groups[row][0], error) for row, error in errors.items()]
+        for row, image_features in zip(rows, features, strict=True):
+            for position in groups[row]:
+                examples[position].image_features = image_features
     if unreadable:
         named = [f"example {position} {examples[position]}: {error}" for position, error in unreadable[:_LISTED]]
         more = [f"and {len(unreadable) - _LISTED} more"] if len(unreadable) > _LISTED else []
@@ -106,10 +98,3 @@ def _key(image: TeacherImage) -> Hashable:
     if isinstance(image, str | Path):
         return str(Path(image))
     return image if isinstance(image, bytes | FileSlice) else id(image)
-
-
-def _try_load(image: TeacherImage, teacher: Teacher) -> torch.Tensor | ImageError:
-    try:
-        return load_pixels(image, teacher.preprocess)
-    except ImageError as error:
-        return error

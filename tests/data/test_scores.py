@@ -54,7 +54,7 @@ def test_negatives_removed_are_counted_as_in_a_loop(tmp_path, pair, score, inclu
     rows = np.repeat(np.arange(30), 3)
     names = [f"{row}.jpg" for row in range(30)]
     captions = [f"caption {row}" for row in range(90)]
-    store = FeatureStore.from_arrays(tmp_path / "store", images, texts, captions, rows, names)
+    store = FeatureStore.from_arrays(tmp_path / "store", images, texts, captions, rows, names, teacher="t")
     drawn, _ = draw_captions(store.image_rows, 12, np.random.default_rng(5))
     features = {"text": texts[drawn], "image": images[rows[drawn]]}
     anchor, candidate = (features[name].astype(np.float64) for name in pair.split("-"))
@@ -71,5 +71,7 @@ def test_negatives_removed_are_counted_as_in_a_loop(tmp_path, pair, score, inclu
 
 
 def test_a_store_of_one_image_has_no_negatives(tmp_path):
-    store = FeatureStore.from_arrays(tmp_path / "one", np.ones((1, 2)), np.ones((2, 2)), ["a", "b"], [0, 0], ["a.jpg"])
+    store = FeatureStore.from_arrays(
+        tmp_path / "one", np.ones((1, 2)), np.ones((2, 2)), ["a", "b"], [0, 0], ["a.jpg"], "t"
+    )
     assert negatives_removed(store, "text-text", -1.0) == 0

@@ -272,7 +272,7 @@ def test_a_bad_line_leaves_no_cache(tmp_path, cache):
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path):
     path = write(tmp_path, b"one\n", "text.gz")
-    with pytest.raises(ValueError, match=r"cache .*text\.gz.*give another cache_dir, or set HF_DATASETS_CACHE"):
+    with pytest.raises(ValueError, match=r"cache .*text\.gz.*give another `cache_dir`, or set HF_DATASETS_CACHE"):
         read_sentences(path, cache_dir=path)
 
 
@@ -313,7 +313,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
         read_sentences(path)
 
 
-@pytest.mark.parametrize("content", [b"plain text\n", gzip.compress(b"one\n") + b"garbage"])
+@pytest.mark.parametrize("content", [b"\x1f\x8bplain text\n", gzip.compress(b"one\n") + b"garbage"])
 def test_a_file_that_is_no_gzip_is_named(tmp_path, content):
     path = tmp_path / "text.gz"
     path.write_bytes(content)
@@ -399,7 +399,7 @@ def test_a_damaged_table_is_named(tmp_path):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 0xFF
-    for damaged in (b"", b"no parquet file", whole[: len(whole) // 2], bytes(flipped)):
+    for damaged in (whole[:4], whole[: len(whole) // 2], bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"table\.parquet is damaged or cannot be read .*write it again"):
             read_sentences(path)
@@ -458,3 +458,15 @@ def test_progress(tmp_path, capsys, name):
     shown = capsys.readouterr().err
     assert f"Checksum of {name}: 100%" in shown
     assert f"Reading {name}: 100%" in shown
+
+
+@pytest.mark.parametrize("name", ["text.pq", "text.parquet", "text.gz", "text.txt", "text"])
+@pytest.mark.parametrize("kind", ["plain", "gzip", "parquet"])
+def test_the_content_tells_what_a_file_is_not_its_name(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "parquet":
+        pq.write_table(pa.table({"sentence": ["one", "two"]}), path)
+    else:
+        path.write_bytes(gzip.compress(b"one\ntwo\n") if kind == "gzip" else b"one\ntwo\n")
+    assert read_sentences(path)["sentence"][:] == ["one", "two"]
+    assert list(iter_sentences(path)) == ["one", "two"]

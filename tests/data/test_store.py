@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils.data import DataLoader
 
-from st_kdmcse.data import FeatureStore, FeatureStoreWriter, layout, true_pair_score
+from st_kdmcse import files
+from st_kdmcse.data import FeatureStore, FeatureStoreWriter, true_pair_score
 from st_kdmcse.data import store as store_module
 from st_kdmcse.data import writer as writer_module
 from st_kdmcse.files import sha256_file
@@ -62,7 +63,7 @@ def edit_manifest(folder, fix_checksum, **changes):
     manifest = json.loads(path.read_text())
     manifest.update(changes)
     if fix_checksum:
-        manifest["checksum"] = layout.manifest_checksum(manifest)
+        manifest["checksum"] = files.manifest_checksum(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -454,7 +455,7 @@ def test_open_refuses_counts_that_do_not_match(folder, changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"version": 2}, "version 2.*upgrade"), ({"format": "other"}, "not the manifest")]
+    ("changes", "message"), [({"version": 2}, "version 2.*upgrade"), ({"format": "other"}, "has the format")]
 )
 def test_open_refuses_other_formats(folder, changes, message):
     edit_manifest(folder, fix_checksum=True, **changes)
@@ -464,7 +465,7 @@ def test_open_refuses_other_formats(folder, changes, message):
 
 def test_open_refuses_a_manifest_that_is_not_json(folder):
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         FeatureStore.open(folder)
 
 
@@ -751,3 +752,12 @@ def test_sha256_file(tmp_path):
     seen = []
     assert sha256_file(path, seen.append) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert seen == [3]
+
+
+def test_the_captions_are_a_frame(store):
+    frame = store.to_frame()
+    assert list(frame.columns) == ["image", "caption", "image_row", "text_row"]
+    assert len(frame) == len(store)
+    assert frame.caption.tolist() == [store.caption(row) for row in range(len(store))]
+    assert (frame.image_row.to_numpy() == store.image_rows).all()
+    assert frame.groupby("image").size().eq(3).all()

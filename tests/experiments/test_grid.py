@@ -102,7 +102,7 @@ def test_other_options_or_data_are_refused_before_anything_is_trained(finished, 
 
 
 def test_missing_text_stops_the_grid(data, tiny_bert, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--text .*absent\.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"`text` .*absent\.txt does not exist"):
         run_grid(method_grid(tmp_path, ["mcse"], [0], **options(data, tiny_bert, text=tmp_path / "absent.txt")))
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ from scipy.stats import ttest_ind
 from small_runs import write_summary
 
 from st_kdmcse.experiments.comparison import PRESENT, compare_runs
-from st_kdmcse.experiments.document import Bullets, Heading, Paragraph, Table, to_html, to_markdown
+from st_kdmcse.experiments.document import Bullets, DataTable, Heading, Paragraph, to_html, to_markdown
 from st_kdmcse.experiments.report import (
     check_output,
     curves_figure,
@@ -309,7 +309,7 @@ def test_document_in_both_formats():
         Heading("A < B", 1),
         Paragraph("see `x` and **y**", warning=True),
         Bullets(["one"]),
-        Table(["name", "value"], [["a|b", "<1>"]]),
+        DataTable(["name", "value"], [["a|b", "<1>"]]),
     ]
     markdown = to_markdown(blocks)
     assert "# A < B" in markdown

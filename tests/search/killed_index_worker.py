@@ -19,7 +19,7 @@ import torch
 from helpers import WORDS
 
 from st_kdmcse import build_student
-from st_kdmcse.search import Record, SemanticIndex, build_index
+from st_kdmcse.search import SemanticIndex, TextRecord, build_index
 from st_kdmcse.search.storage import is_index
 
 ROWS, ADDED = 120, 30
@@ -27,7 +27,7 @@ TEXTS = [" ".join(random.Random(row).choices(WORDS, k=7)) for row in range(ROWS 
 
 
 def records():
-    return (Record(f"r{row}", TEXTS[row], {"row": row}) for row in range(ROWS))
+    return (TextRecord(f"r{row}", TEXTS[row], {"row": row}) for row in range(ROWS))
 
 
 def build(model, path):

@@ -1,7 +1,7 @@
 import pytest
 
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
-from st_kdmcse.search.base import Rows
+from st_kdmcse.search.base import NewRows
 from st_kdmcse.search.storage import write_index
 
 ADDRESSES = [
@@ -99,7 +99,7 @@ def test_opening_a_directory(tmp_path):
     with pytest.raises(ValueError, match="dim=None"):
         open_backend(address, create=True)
     made = open_backend(address, dim=3, create=True)
-    made.add(Rows.checked(["a"], ["x"], [[1, 2, 2]]))
+    made.add(NewRows.checked(["a"], ["x"], [[1, 2, 2]]))
     write_index(tmp_path / "index", made, {})
     with pytest.raises(ValueError, match="width 3, not 4"):
         open_backend(address, dim=4)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from st_kdmcse.search.base import Rows, conditions, unit_rows
+from st_kdmcse.search.base import NewRows, conditions, unit_rows
 
 DIM = 4
 ODD_IDS = [
@@ -55,14 +55,14 @@ class Faiss:
         import faiss
 
         from st_kdmcse.search.faiss_backend import FaissBackend
-        from st_kdmcse.search.table import Table
+        from st_kdmcse.search.table import RowTable
 
         vectors, table = self.folder / f"{name}.faiss", self.folder / f"{name}.sqlite"
         for path in (vectors, table):
             path.unlink(missing_ok=True)
         faiss.write_index(backend.index, str(vectors))
         backend.table.write(table)
-        return FaissBackend(faiss.read_index(str(vectors)), Table.open(table), backend.factory)
+        return FaissBackend(faiss.read_index(str(vectors)), RowTable.open(table), backend.factory)
 
 
 class Milvus:
@@ -103,7 +103,7 @@ def backend(engine, name):
 
 def rows(ids, metadata=None, seed=0, dim=DIM):
     embeddings = np.random.default_rng([seed, len(ids)]).normal(size=(len(ids), dim))
-    return Rows.checked(ids, [f"text {seed} of {each}" for each in ids], embeddings, metadata)
+    return NewRows.checked(ids, [f"text {seed} of {each}" for each in ids], embeddings, metadata)
 
 
 def numbered(count):
@@ -179,7 +179,7 @@ def test_added_in_parts_is_added_at_once(backend):
     stored = rows(numbered(30))
     for start in range(0, 30, 7):
         part = slice(start, start + 7)
-        backend.add(Rows(stored.ids[part], stored.texts[part], stored.embeddings[part], stored.metadata[part]))
+        backend.add(NewRows(stored.ids[part], stored.texts[part], stored.embeddings[part], stored.metadata[part]))
     nearest = np.argsort(-(stored.embeddings @ queries(1)[0]))
     assert [hit.id for hit in backend.search(queries(1), 30)[0]] == [stored.ids[row] for row in nearest]
 

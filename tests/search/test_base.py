@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_kdmcse.search.base import COMPARISONS, Rows, conditions, unit_rows
+from st_kdmcse.search.base import COMPARISONS, NewRows, conditions, unit_rows
 
 
 def test_rows_are_normalised_and_metadata_may_be_left_out():
-    rows = Rows.checked(["a", "b"], ["x", "y"], [[3, 4], [0, -2]])
+    rows = NewRows.checked(["a", "b"], ["x", "y"], [[3, 4], [0, -2]])
     assert len(rows) == 2
     assert rows.embeddings.dtype == np.float32
     np.testing.assert_allclose(rows.embeddings, [[0.6, 0.8], [0, -1]], rtol=1e-6)
@@ -15,7 +15,7 @@ def test_rows_are_normalised_and_metadata_may_be_left_out():
 
 
 def test_no_rows_are_rows():
-    assert len(Rows.checked([], [], np.empty((0, 4)))) == 0
+    assert len(NewRows.checked([], [], np.empty((0, 4)))) == 0
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_no_rows_are_rows():
 )
 def test_rows_that_do_not_fit_together_are_named(ids, texts, embeddings, metadata, message):
     with pytest.raises(ValueError, match=message):
-        Rows.checked(ids, texts, embeddings, metadata)
+        NewRows.checked(ids, texts, embeddings, metadata)
 
 
 def test_unit_rows_survive_what_overflows_in_float32():

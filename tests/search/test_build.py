@@ -12,7 +12,7 @@ import pytest
 
 import st_kdmcse.search.build as build_module
 from st_kdmcse import build_student
-from st_kdmcse.search import Record, SemanticIndex, build_index
+from st_kdmcse.search import SemanticIndex, TextRecord, build_index
 
 WORKER = Path(__file__).with_name("killed_index_worker.py")
 SOURCE = {"file": "some.txt", "sha256": "0" * 64}
@@ -20,7 +20,7 @@ SOURCE = {"file": "some.txt", "sha256": "0" * 64}
 
 @pytest.fixture
 def records(sentences):
-    return [Record(f"r{row}", text, {"row": row}) for row, text in enumerate(sentences)]
+    return [TextRecord(f"r{row}", text, {"row": row}) for row, text in enumerate(sentences)]
 
 
 @pytest.fixture
@@ -58,7 +58,10 @@ def test_equals_an_index_built_in_memory(build, records, student, tmp_path, fact
         assert [hit.score for hit in mine] == pytest.approx([hit.score for hit in theirs], abs=1e-5)
     assert index.get(ids)[5].metadata == {"row": 5}
     found = [hits[0].id for hits in index.search(texts, k=1)]
-    assert np.mean([mine == own for mine, own in zip(found, ids, strict=True)]) >= 0.99  # IVF may miss a near tie
+    # IVF may miss a near tie, and texts of one embedding change places with the rounding of the processor.
+    best = [hits[0].score for hits in index.search(texts, k=1)]
+    own = [mine == wanted or score > 1 - 1e-4 for mine, wanted, score in zip(found, ids, best, strict=True)]
+    assert np.mean(own) >= 0.99
     assert [each.name for each in tmp_path.iterdir()] == ["index"]
     assert index.save() == tmp_path / "index"
 
@@ -98,9 +101,9 @@ def test_a_table_that_was_lost_is_made_again(stopped, build, records, tmp_path):
 
 
 def test_other_records_do_not_continue_a_build(stopped, build, records, tiny_bert, tmp_path):
-    with pytest.raises(ValueError, match=r"index\.parts differs in source .*delete that folder"):
+    with pytest.raises(ValueError, match=r"index\.parts begun with other settings .source was .*delete that folder"):
         build(records, source={"file": "other.txt"})
-    changed = [Record(record.id, f"{record.text} ball", record.metadata) for record in records]
+    changed = [TextRecord(record.id, f"{record.text} ball", record.metadata) for record in records]
     with pytest.raises(ValueError, match="made from other records, though their source is the same"):
         build(changed)
     other = build_student(str(tiny_bert)).to("cpu")
@@ -124,10 +127,10 @@ def test_killed_after_the_last_step(build, records, tmp_path, monkeypatch):
 def test_unusable_records_are_named_before_anything_is_encoded(build, records, tmp_path):
     for bad, message in [
         ([], "no records"),
-        ([*records, Record("r3", "again", {})], "record 201: the id 'r3' was there before"),
-        ([*records, Record("x", " ", {})], "record 201 .id 'x'.: the text is ' '"),
-        ([Record("", "a dog", {})], "the id ''"),
-        ([Record("x", "a dog", {"a": [1]})], "metadata 'a'"),
+        ([*records, TextRecord("r3", "again", {})], "record 201: the id 'r3' was there before"),
+        ([*records, TextRecord("x", " ", {})], "record 201 .id 'x'.: the text is ' '"),
+        ([TextRecord("", "a dog", {})], "the id ''"),
+        ([TextRecord("x", "a dog", {"a": [1]})], "metadata 'a'"),
     ]:
         with pytest.raises(ValueError, match=message):
             build(bad)
@@ -138,7 +141,7 @@ def test_unusable_records_are_named_before_anything_is_encoded(build, records, t
 
 
 def test_records_that_change_meanwhile_are_refused(student, records, tmp_path):
-    for later in (records[:150], [*records, Record("new", "a dog", {})]):
+    for later in (records[:150], [*records, TextRecord("new", "a dog", {})]):
         passes = iter([records, later])
         with pytest.raises(ValueError, match="another number later"):
             build_index(lambda p=passes: next(p), student, None, tmp_path / "i", source=SOURCE, block_rows=32)

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from st_kdmcse.search import duplicates
 from st_kdmcse.search.duplicates import DUPLICATE_COLUMNS, Duplicate, find_duplicates
-from st_kdmcse.search.records import Record, write_rows
+from st_kdmcse.search.records import TextRecord, write_rows
 
 pytest.importorskip("faiss")
 
@@ -27,7 +27,7 @@ def student(tiny_bert):
 
 @pytest.fixture
 def records(sentences):
-    return [Record(f"r{number}", text) for number, text in enumerate(sentences)]
+    return [TextRecord(f"r{number}", text) for number, text in enumerate(sentences)]
 
 
 def slow_pairs(model, records, threshold):
@@ -60,7 +60,7 @@ def test_small_blocks_find_the_same(student, records, monkeypatch):
 
 
 def test_equal_texts_are_paired_with_the_first_alone(student, records):
-    copies = [Record(f"copy{number}", records[4].text) for number in range(50)]
+    copies = [TextRecord(f"copy{number}", records[4].text) for number in range(50)]
     alone = find_duplicates(records, student, threshold=0.7)
     result = find_duplicates([*records, *copies], student, threshold=0.7)
     assert result.pairs[:50] == [Duplicate("r4", copy.id, 1.0, copy.text, copy.text) for copy in copies]
@@ -70,7 +70,7 @@ def test_equal_texts_are_paired_with_the_first_alone(student, records):
 
 @pytest.mark.parametrize("limit", [1, 20, 55])
 def test_a_limit_keeps_the_best_and_counts_all(student, records, limit):
-    copies = [Record(f"copy{number}", records[4].text) for number in range(50)]
+    copies = [TextRecord(f"copy{number}", records[4].text) for number in range(50)]
     whole = find_duplicates([*records, *copies], student, threshold=0.6)
     assert whole.found > 200
     cut = find_duplicates([*records, *copies], student, threshold=0.6, limit=limit)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from st_kdmcse.search.base import Rows, unit_rows
+from st_kdmcse.search.base import NewRows, unit_rows
 from st_kdmcse.search.factory import new_index
 from st_kdmcse.search.faiss_backend import FaissBackend, exact_scores, search_index
-from st_kdmcse.search.table import Table
+from st_kdmcse.search.table import RowTable
 
 DIM = 16
 TYPES = [
@@ -33,7 +33,7 @@ def make_rows(count, start=0, seed=0):
     vectors = centres[generator.integers(0, 20, count)] + 0.4 * generator.normal(size=(count, DIM))
     numbers = range(start, start + count)
     metadata = [{"n": number, "odd": bool(number % 2), "word": f"w{number % 5}"} for number in numbers]
-    return Rows.checked(
+    return NewRows.checked(
         [f"id{number}" for number in numbers], [f"text {number}" for number in numbers], vectors, metadata
     )
 
@@ -135,7 +135,7 @@ def test_changes_are_all_or_none():
     with pytest.raises(KeyError, match="nobody"):
         backend.get(["nobody"])
     with pytest.raises(ValueError, match="width 3"):
-        backend.add(Rows.checked(["x"], ["x"], [[1.0, 0, 0]]))
+        backend.add(NewRows.checked(["x"], ["x"], [[1.0, 0, 0]]))
     assert ids(backend.search(QUERIES, 10)) == before
     assert len(backend) == 10
 
@@ -166,7 +166,7 @@ def test_an_untrained_index_is_trained_on_the_first_rows():
 )
 def test_filters_do_not_mix_types(where, expected):
     metadata = [{"a": 1}, {"a": 1.0, "é \"q'": "x"}, {"a": True}, {"a": "1"}, {"a": None}, {}]
-    backend = FaissBackend.build(Rows.checked([*"012345"], [*"012345"], np.eye(6), metadata))
+    backend = FaissBackend.build(NewRows.checked([*"012345"], [*"012345"], np.eye(6), metadata))
     assert {hit.id for hit in backend.search(np.ones((1, 6)) / np.sqrt(6), 10, where)[0]} == expected
 
 
@@ -198,12 +198,12 @@ def test_without_faiss_the_extra_is_named(monkeypatch):
 
 
 def test_a_read_only_table_is_copied_before_its_first_change(tmp_path):
-    table = Table.temporary()
+    table = RowTable.temporary()
     with table.transaction():
         table.insert([0, 1], ["a", "b"], ["A", "B"], [{}, {"x": "ü"}])
     table.write(tmp_path / "rows.sqlite")
     content = (tmp_path / "rows.sqlite").read_bytes()
-    opened = Table.open(tmp_path / "rows.sqlite")
+    opened = RowTable.open(tmp_path / "rows.sqlite")
     with opened.transaction():
         opened.delete(["a"])
     assert (len(opened), opened.known(["a", "b"])) == (1, {"b": 1})
@@ -211,7 +211,7 @@ def test_a_read_only_table_is_copied_before_its_first_change(tmp_path):
     assert (tmp_path / "rows.sqlite").read_bytes() == content
     (tmp_path / "rows.sqlite").write_bytes(b"not a database, but as long as one may be" * 100)
     with pytest.raises(ValueError, match=r"rows\.sqlite is not the table"):
-        Table.open(tmp_path / "rows.sqlite")
+        RowTable.open(tmp_path / "rows.sqlite")
 
 
 def test_search_index_without_effort_is_exhaustive():

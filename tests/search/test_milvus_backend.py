@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from st_kdmcse import build_student
 from st_kdmcse.search import milvus_backend
 from st_kdmcse.search.address import open_backend
-from st_kdmcse.search.base import Rows
+from st_kdmcse.search.base import NewRows
 from st_kdmcse.search.milvus_backend import MilvusBackend, expression
 from st_kdmcse.search.semantic_index import SemanticIndex
 
@@ -39,7 +39,7 @@ def backend(file, collection):
 
 def rows(ids, texts=None, metadata=None):
     embeddings = np.random.default_rng(len(ids)).normal(size=(len(ids), 3))
-    return Rows.checked(ids, texts or [f"text of {each}" for each in ids], embeddings, metadata)
+    return NewRows.checked(ids, texts or [f"text of {each}" for each in ids], embeddings, metadata)
 
 
 def reopened(file, collection):
@@ -176,11 +176,11 @@ def test_what_was_added_survives_a_killed_process(tmp_path):
     script = """
 import os, signal, sys
 import numpy as np
-from st_kdmcse.search.base import Rows
+from st_kdmcse.search.base import NewRows
 from st_kdmcse.search.milvus_backend import MilvusBackend
 backend = MilvusBackend(sys.argv[1], "wiki", dim=3, create=True)
-backend.add(Rows.checked(["a", "b", "c"], ["x", "y", "z"], np.eye(3)))
-backend.replace(Rows.checked(["b"], ["why"], [[0, 1, 1]]))
+backend.add(NewRows.checked(["a", "b", "c"], ["x", "y", "z"], np.eye(3)))
+backend.replace(NewRows.checked(["b"], ["why"], [[0, 1, 1]]))
 backend.remove(["c"])
 backend.identity = {"name": "m"}
 os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from st_kdmcse.search.records import Record, RecordFile, output_file, write_rows
+from st_kdmcse.search.records import RecordFile, TextRecord, output_file, write_rows
 
 
 def write(path, content):
@@ -28,7 +28,7 @@ def write_table(path, **columns):
 def test_a_text_a_line(tmp_path):
     path = write(tmp_path / "a.txt", "\ufeffA dog runs.\r\n\n  Zwei Hunde, „laut“ \nlast")
     file = RecordFile(path)
-    expected = [Record("1", "A dog runs."), Record("3", "Zwei Hunde, „laut“"), Record("4", "last")]
+    expected = [TextRecord("1", "A dog runs."), TextRecord("3", "Zwei Hunde, „laut“"), TextRecord("4", "last")]
     assert list(file) == expected
     assert list(file()) == expected, "read anew by each call"
     assert (file.skipped, file.first_skipped) == (1, f"{path}, line 2")
@@ -53,8 +53,8 @@ def test_csv(tmp_path):
     )
     file = RecordFile(path, id_column="key")
     assert list(file) == [
-        Record("x", 'a "b", c', {"year": 1999, "price": 1.0, "open": True, "code": "007", "note": None}),
-        Record("y", "two\nlines", {"year": -5, "price": 2.5, "open": False, "code": "12", "note": "n/a"}),
+        TextRecord("x", 'a "b", c', {"year": 1999, "price": 1.0, "open": True, "code": "007", "note": None}),
+        TextRecord("y", "two\nlines", {"year": -5, "price": 2.5, "open": False, "code": "12", "note": "n/a"}),
     ]
     assert [type(record.metadata["price"]) for record in file] == [float, float]
     assert [record.id for record in RecordFile(path, metadata=[])] == ["0", "1"]
@@ -74,8 +74,8 @@ def test_values_that_are_no_numbers_of_a_computer(tmp_path):
 def test_quotes_of_a_tsv_are_its_text(tmp_path):
     path = write(tmp_path / "a.tsv", 'caption\tnumber\n"Hello", he said\t3\n\nopen " quote\t4\n')
     assert list(RecordFile(path)) == [
-        Record("0", '"Hello", he said', {"number": 3}),
-        Record("1", 'open " quote', {"number": 4}),
+        TextRecord("0", '"Hello", he said', {"number": 3}),
+        TextRecord("1", 'open " quote', {"number": 4}),
     ]
 
 
@@ -87,8 +87,8 @@ def test_json_lines(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
     assert list(RecordFile(path, id_column="id")) == [
-        Record("7", "one", {"n": 1, "x": None}),
-        Record("b", "zwölf", {"late": True}),
+        TextRecord("7", "one", {"n": 1, "x": None}),
+        TextRecord("b", "zwölf", {"late": True}),
     ]
     assert [record.metadata for record in RecordFile(path, metadata=["late"])] == [{}, {"late": True}]
     assert [record.id for record in RecordFile(path)] == ["1", "2"]
@@ -107,8 +107,8 @@ def test_parquet(tmp_path):
     )
     file = RecordFile(path, id_column="key")
     assert list(file) == [
-        Record("1", "one", {"day": "2024-01-02", "price": 1.5, "score": 0.5}),
-        Record("3", "three", {"day": None, "price": 2.0, "score": None}),
+        TextRecord("1", "one", {"day": "2024-01-02", "price": 1.5, "score": 0.5}),
+        TextRecord("3", "three", {"day": None, "price": 2.0, "score": None}),
     ]
     assert (file.num_rows, file.skipped, file.first_skipped) == (3, 1, f"{path}, row 1")
     with pytest.raises(ValueError, match="'tags' holds no texts, numbers or truth values"):

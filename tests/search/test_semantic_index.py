@@ -12,9 +12,9 @@ import torch
 from helpers import copy_tree
 
 from st_kdmcse import build_student
-from st_kdmcse.files import manifest_checksum
+from st_kdmcse.files import locked, manifest_checksum
 from st_kdmcse.search import SemanticIndex, UnknownIdError
-from st_kdmcse.search.storage import locked, read_manifest
+from st_kdmcse.search.storage import read_manifest
 
 WORKER = Path(__file__).with_name("killed_index_worker.py")
 
@@ -185,7 +185,7 @@ def test_manifests_that_lie_are_refused(saved, student):
     manifest = read_manifest(saved)
     for changes, message in [
         ({"version": 2}, "version 2"),
-        ({"format": "other"}, "not the manifest"),
+        ({"format": "other"}, "has the format"),
         ({"folder": "../../etc"}, "names files that are not"),
         ({"folder": str(saved)}, "names files that are not"),
         ({"files": {"vectors.faiss": {}}}, "names files that are not"),

@@ -297,7 +297,7 @@ def test_an_encoder_that_cannot_is_trained_with_padding(tiny_bert, uneven, store
             continue
         with caplog.at_level("INFO", "st_kdmcse"):
             trainer.train()
-        assert "padding is left as it is: its attention is eager, not sdpa" in caplog.text
+        assert "padding is computed: its attention is eager, not sdpa" in caplog.text
         assert trainer.state.global_step == 8
 
 

@@ -2,11 +2,11 @@
 
 from st_kdmcse.data.readers.base import (
     BadRowError,
+    CaptionedImage,
     ImageCaptionReader,
     Problem,
     Problems,
     ReaderSummary,
-    Record,
 )
 from st_kdmcse.data.readers.coco import Coco
 from st_kdmcse.data.readers.flickr import CaptionsCSV, FlickrCSV, FlickrTokens
@@ -20,6 +20,7 @@ __all__ = [
     "FORMATS",
     "BadRowError",
     "CaptionTable",
+    "CaptionedImage",
     "CaptionsCSV",
     "Coco",
     "FlickrCSV",
@@ -30,7 +31,6 @@ __all__ = [
     "Problem",
     "Problems",
     "ReaderSummary",
-    "Record",
     "WebDataset",
     "open_captions",
 ]

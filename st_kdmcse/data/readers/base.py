@@ -24,7 +24,7 @@ _LISTED = 100
 
 
 @dataclass(frozen=True)
-class Record:
+class CaptionedImage:
     """An image with its captions; unpacks into image id, image and captions.
 
     Attributes:
@@ -123,7 +123,7 @@ class ReaderSummary:
 
 
 class ImageCaptionReader(ABC):
-    """An iterable of :class:`Record`, read from the files as their publisher ships them.
+    """An iterable of :class:`CaptionedImage`, read from the files as their publisher ships them.
 
     Each iteration reads anew. A bad row never shifts others: a record is made from one row, or from the rows that name
     its image.
@@ -177,14 +177,14 @@ class ImageCaptionReader(ABC):
         return None
 
     @abstractmethod
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[CaptionedImage]:
         """All records in the order of the files, whether or not the image file is there.
 
         Bad rows go to ``self.problems.add(kind, where, message)``, which raises or lets the reader go on without them.
         Images that come twice may be yielded twice: the second one is left out by the caller.
         """
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[CaptionedImage]:
         return self.records()
 
     def __len__(self) -> int:
@@ -197,7 +197,7 @@ class ImageCaptionReader(ABC):
             raise TypeError(f"the number of images of a {type(self).__name__} is not known before it is read")
         return self.num_images if self.limit is None else min(self.limit, self.num_images)
 
-    def records(self, check_files: bool = True) -> Iterator[Record]:
+    def records(self, check_files: bool = True) -> Iterator[CaptionedImage]:
         """The good records.
 
         Args:
@@ -252,7 +252,7 @@ class ImageCaptionReader(ABC):
         reader.problems = Problems("skip")
         return sum(1 for _ in reader._unique())
 
-    def _unique(self) -> Iterator[Record]:
+    def _unique(self) -> Iterator[CaptionedImage]:
         with Seen() as seen:
             for record in self._records():
                 if not all(_is_unicode(text) for text in (record.image_id, *record.captions)):
@@ -269,7 +269,7 @@ class ImageCaptionReader(ABC):
                         "duplicate id", record.where, f"image {record.image_id!r} came before: give each image once"
                     )
 
-    def _file_is_there(self, record: Record) -> bool:
+    def _file_is_there(self, record: CaptionedImage) -> bool:
         size = None if record.image is None else _size(record.image)
         if size or record.image is None:
             return True
@@ -284,7 +284,7 @@ class ImageCaptionReader(ABC):
         counts = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(self.problems.counts.items()))
         return f" ({counts}; the first bad row is {self.problems.listed[0]})"
 
-    def _with_drawn_captions(self, record: Record) -> Record:
+    def _with_drawn_captions(self, record: CaptionedImage) -> CaptionedImage:
         count = len(record.captions)
         if self.captions_per_image is None or count <= self.captions_per_image:
             return record

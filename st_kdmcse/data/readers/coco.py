@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
 from st_kdmcse.data.readers.parsing import existing_file, image_folder, json_items
 
 _LAYOUT = (
@@ -64,7 +64,7 @@ class Coco(ImageCaptionReader):
         """Number of images with captions, before bad files are left out; the first use reads the captions."""
         return self._count()
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[CaptionedImage]:
         # The images may come before or after their annotations: one pass for each.
         names: dict[int, str] = {}
         for number, image in enumerate(json_items(self._captions, "images.item"), start=1):
@@ -82,7 +82,7 @@ class Coco(ImageCaptionReader):
             where = f"{self._captions}, image id {image_id} ({name})"
             if image_id in captions:
                 file = None if self._images is None else self._images / name
-                yield Record(name, file, tuple(captions[image_id]), where)
+                yield CaptionedImage(name, file, tuple(captions[image_id]), where)
             else:
                 message = "the image has no annotation with a caption: add one, or leave the image out"
                 self.problems.add("no caption", where, message)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
 from st_kdmcse.data.readers.parsing import existing_file, image_folder, read_csv, read_lines
 
 _TOKEN_HEAD = re.compile(r"(.+)#(\d+)", re.DOTALL)
@@ -44,7 +44,7 @@ class _FlickrReader(ImageCaptionReader):
     def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
         """Line, image, number of the caption (None if there are none in this format) and caption of the good rows."""
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[CaptionedImage]:
         captions: dict[str, list[str]] = {}
         first_lines: dict[str, int] = {}
         numbers: set[tuple[str, int]] = set()
@@ -63,7 +63,7 @@ class _FlickrReader(ImageCaptionReader):
         for image, texts in captions.items():
             if chosen is None or image in chosen:
                 file = None if self._images is None else self._images / image
-                yield Record(image, file, tuple(texts), f"{self._captions}, line {first_lines[image]}")
+                yield CaptionedImage(image, file, tuple(texts), f"{self._captions}, line {first_lines[image]}")
 
     def _read_split(self, split: Path, captions: dict[str, list[str]]) -> set[str]:
         """The images that a split file lists."""

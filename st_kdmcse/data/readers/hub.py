@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from st_kdmcse.data.images import ImageSource
-from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
 
 _SAVED = ("state.json", "dataset_dict.json")
 
@@ -69,7 +69,7 @@ class HubDataset(ImageCaptionReader):
         """Number of rows."""
         return len(self._dataset)
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[CaptionedImage]:
         image_column, caption_column, id_column = self._columns
         for row, values in enumerate(self._dataset):
             where = f"{self.name}, row {row}"
@@ -87,7 +87,7 @@ class HubDataset(ImageCaptionReader):
             texts = found if isinstance(found, list) else [found]
             captions = tuple(caption for caption in texts if self._has_text(caption, where))
             if captions:
-                yield Record(str(image_id), source, captions, where)
+                yield CaptionedImage(str(image_id), source, captions, where)
 
     def _source(self, image: dict[str, Any] | None) -> ImageSource | None:
         if image is None:

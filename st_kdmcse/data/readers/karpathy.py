@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
 from st_kdmcse.data.readers.parsing import existing_file, image_folder, json_items
 
 _LAYOUT = '{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a caption"}, ...]}, ...]}'
@@ -55,7 +55,7 @@ class Karpathy(ImageCaptionReader):
         """Number of images with captions, before bad files are left out; the first use reads the captions."""
         return self._count()
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[CaptionedImage]:
         number = 0
         for number, image in enumerate(json_items(self._captions, "images.item"), start=1):
             if not isinstance(image, dict) or not isinstance(image.get("filename"), str) or not image["filename"]:
@@ -67,7 +67,7 @@ class Karpathy(ImageCaptionReader):
                 continue
             captions = self._texts(image.get("sentences"), where)
             if captions:
-                yield Record(image["filename"], self._file(image), captions, where)
+                yield CaptionedImage(image["filename"], self._file(image), captions, where)
         if not number:
             raise ValueError(f"{self._captions} has no images; the layout is {_LAYOUT}")
 

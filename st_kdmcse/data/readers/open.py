@@ -14,8 +14,9 @@ from st_kdmcse.data.readers.flickr import CaptionsCSV, FlickrCSV, FlickrTokens, 
 from st_kdmcse.data.readers.hub import HubDataset, is_hub_folder
 from st_kdmcse.data.readers.karpathy import Karpathy
 from st_kdmcse.data.readers.parsing import existing_file, image_folder, json_error, open_json
-from st_kdmcse.data.readers.table import CaptionTable, is_parquet
+from st_kdmcse.data.readers.table import CaptionTable
 from st_kdmcse.data.readers.web import WebDataset, is_shard_pattern
+from st_kdmcse.files import is_parquet
 
 _READERS: dict[str, type[ImageCaptionReader]] = {
     "flickr-tokens": FlickrTokens,

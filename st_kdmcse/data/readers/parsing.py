@@ -66,7 +66,7 @@ def read_csv(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Number of the first line (from 1) and fields of each row of a CSV file with quotes where they are needed.
 
     A quoted field may run over several lines. Where a quote is never closed, only the line that opens it is a problem
-    "wrong columns": it does not swallow the rows below. Rows that are not UTF-8 are a problem "encoding".
+    "wrong columns": it does not swallow the rows below. RowNumbers that are not UTF-8 are a problem "encoding".
 
     Raises:
         ValueError: if the file is empty.

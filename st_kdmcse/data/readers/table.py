@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from st_kdmcse.data.images import ImageSource
-from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
 from st_kdmcse.data.readers.parsing import existing_file, image_folder, is_image_name, read_csv, read_lines
+from st_kdmcse.files import is_parquet
 
 _IMAGE_COLUMNS = (
     *("image", "image_path", "image_file", "image_name", "img", "img_path", "path", "file_path", "filepath"),
@@ -72,8 +73,8 @@ class CaptionTable(ImageCaptionReader):
             embedded = _is_embedded(file.schema_arrow.field(image_column).type)
             return int(file.metadata.num_rows) if embedded else None
 
-    def _records(self) -> Iterator[Record]:
-        current: Record | None = None
+    def _records(self) -> Iterator[CaptionedImage]:
+        current: CaptionedImage | None = None
         for record in self._parquet_rows() if is_parquet(self._path) else self._text_rows():
             if current is not None and record.image_id == current.image_id:
                 current = replace(current, captions=current.captions + record.captions)
@@ -84,7 +85,7 @@ class CaptionTable(ImageCaptionReader):
         if current is not None:
             yield current
 
-    def _text_rows(self) -> Iterator[Record]:
+    def _text_rows(self) -> Iterator[CaptionedImage]:
         image_column, caption_column, count = 0, 1, 0
         for line, fields in self._lines():
             where = f"{self._path}, line {line}"
@@ -126,7 +127,7 @@ class CaptionTable(ImageCaptionReader):
             raise ValueError(_no_columns(self._path, fields, self._wanted))
         return found
 
-    def _parquet_rows(self) -> Iterator[Record]:
+    def _parquet_rows(self) -> Iterator[CaptionedImage]:
         with self._open() as file:
             image_column, caption_column = self._parquet_columns(file.schema_arrow)
             embedded = _is_embedded(file.schema_arrow.field(image_column).type)
@@ -143,7 +144,7 @@ class CaptionTable(ImageCaptionReader):
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{self._path} is damaged after row {row} ({error}): download it again") from error
 
-    def _parquet_record(self, row: int, image: pa.Scalar, captions: pa.Scalar, embedded: bool) -> Record | None:
+    def _parquet_record(self, row: int, image: pa.Scalar, captions: pa.Scalar, embedded: bool) -> CaptionedImage | None:
         where = f"{self._path}, row {row}"
         try:
             source, texts = image.as_py(), captions.as_py()
@@ -156,7 +157,7 @@ class CaptionTable(ImageCaptionReader):
             return None
         return self._record(source, texts if isinstance(texts, list) else [texts], where, row if embedded else None)
 
-    def _record(self, image: Any, captions: list[Any], where: str, row: int | None = None) -> Record | None:
+    def _record(self, image: Any, captions: list[Any], where: str, row: int | None = None) -> CaptionedImage | None:
         """The record of a row; None if it is bad. ``row`` is given where the rows hold the images themselves."""
         path = image.get("path") if isinstance(image, dict) else image
         content = image.get("bytes") if isinstance(image, dict) else image if row is not None else None
@@ -176,7 +177,7 @@ class CaptionTable(ImageCaptionReader):
                 source = None
         texts = tuple(caption for caption in captions if self._has_text(caption, where))
         image_id = str(path) if row is None else f"{self._path.name}#{row}"
-        return Record(image_id, source, texts, where) if texts else None
+        return CaptionedImage(image_id, source, texts, where) if texts else None
 
     def _open(self) -> pq.ParquetFile:
         try:
@@ -200,12 +201,6 @@ class CaptionTable(ImageCaptionReader):
                 "list of texts"
             )
         return image.name, caption.name
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether a file is a parquet file, or is called one."""
-    with path.open("rb") as file:
-        return path.suffix.lower() in (".parquet", ".pq") or file.read(4) == b"PAR1"
 
 
 def _choose(names: Sequence[str], wanted: tuple[str, str]) -> tuple[int, int] | None:

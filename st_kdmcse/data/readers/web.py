@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from st_kdmcse.data.images import FileSlice
-from st_kdmcse.data.readers.base import ImageCaptionReader, Record
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
 from st_kdmcse.data.readers.parsing import IMAGE_SUFFIXES
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -47,7 +47,7 @@ class WebDataset(ImageCaptionReader):
         self._caption_key = caption_key
         self.name = str(shards) if isinstance(shards, (str, Path)) else f"{shards[0]} and {len(shards) - 1} more"
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[CaptionedImage]:
         for name, path in self._shards:
             with path.open("rb") as file:
                 for key, members in self._samples(path, file):
@@ -79,7 +79,9 @@ class WebDataset(ImageCaptionReader):
             if members:
                 yield key, members
 
-    def _record(self, path: Path, file: BinaryIO, image_id: str, members: dict[str, tarfile.TarInfo]) -> Record | None:
+    def _record(
+        self, path: Path, file: BinaryIO, image_id: str, members: dict[str, tarfile.TarInfo]
+    ) -> CaptionedImage | None:
         where = f"{path}, sample {image_id!r}"
         suffixes = _image_suffixes(members)
         if len(suffixes) != 1:
@@ -94,7 +96,7 @@ class WebDataset(ImageCaptionReader):
         if not captions:
             return None
         image = members[suffixes[0]]
-        return Record(image_id, FileSlice(path, image.offset_data, image.size, image.name), captions, where)
+        return CaptionedImage(image_id, FileSlice(path, image.offset_data, image.size, image.name), captions, where)
 
     def _captions(self, file: BinaryIO, members: dict[str, tarfile.TarInfo], where: str) -> tuple[str, ...]:
         """The captions with text; none is a problem."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st_kdmcse.data.images import FileSlice
-from st_kdmcse.data.readers import BadRowError, ImageCaptionReader, Problem, Record
+from st_kdmcse.data.readers import BadRowError, CaptionedImage, ImageCaptionReader, Problem
 
 
 class Listed(ImageCaptionReader):
@@ -35,7 +35,7 @@ class Listed(ImageCaptionReader):
 
 def rows_of(count, captions=5):
     return [
-        Record(f"{image}.jpg", None, tuple(f"{image}-{caption}" for caption in range(captions)))
+        CaptionedImage(f"{image}.jpg", None, tuple(f"{image}-{caption}" for caption in range(captions)))
         for image in range(count)
     ]
 
@@ -45,7 +45,7 @@ def ids(reader):
 
 
 def test_a_record_unpacks():
-    image_id, image, captions = Record("a.jpg", Path("x/a.jpg"), ("one", "two"), "row 1")
+    image_id, image, captions = CaptionedImage("a.jpg", Path("x/a.jpg"), ("one", "two"), "row 1")
     assert (image_id, image, captions) == ("a.jpg", Path("x/a.jpg"), ("one", "two"))
 
 
@@ -92,7 +92,7 @@ def test_a_subset_has_the_exact_count_and_keeps_the_order(images, limit, seed, d
 
 def test_a_subset_with_large_numbers():
     """More images than are sorted at once."""
-    rows = [Record(str(image), None, ("a",)) for image in range(150_000)]
+    rows = [CaptionedImage(str(image), None, ("a",)) for image in range(150_000)]
     assert len(ids(Listed(rows, limit=1_000))) == 1_000
 
 
@@ -143,9 +143,9 @@ def test_drawn_captions_are_random():
 
 def test_duplicates():
     rows = [
-        Record("a.jpg", None, ("one",), "row 1"),
-        Record("b.jpg", None, ("two",), "row 2"),
-        Record("a.jpg", None, ("other",), "row 3"),
+        CaptionedImage("a.jpg", None, ("one",), "row 1"),
+        CaptionedImage("b.jpg", None, ("two",), "row 2"),
+        CaptionedImage("a.jpg", None, ("other",), "row 3"),
     ]
     reader = Listed(rows, on_error="skip")
     assert [(record.image_id, record.captions) for record in reader] == [("a.jpg", ("one",)), ("b.jpg", ("two",))]
@@ -204,7 +204,7 @@ def test_image_files(tmp_path, jpeg):
     sources["good slice"] = FileSlice(tmp_path / "good.jpg", 0, 10, "x.jpg")
     sources["empty slice"] = FileSlice(tmp_path / "good.jpg", 0, 0, "x.jpg")
     sources["good bytes"], sources["empty bytes"] = jpeg(), b""
-    rows = [Record(name, source, ("a",), f"row of {name}") for name, source in sources.items()]
+    rows = [CaptionedImage(name, source, ("a",), f"row of {name}") for name, source in sources.items()]
     reader = Listed(rows, on_error="skip")
     assert ids(reader) == ["good", "good slice", "good bytes"]
     assert [(problem.kind, problem.where) for problem in reader.problems.listed] == [
@@ -222,7 +222,11 @@ def test_image_files(tmp_path, jpeg):
 
 
 def test_text_that_is_not_unicode():
-    rows = [Record("a\udcff.jpg", None, ("one",), "row 1"), Record("b.jpg", None, ("\ud800",), "row 2"), *rows_of(1)]
+    rows = [
+        CaptionedImage("a\udcff.jpg", None, ("one",), "row 1"),
+        CaptionedImage("b.jpg", None, ("\ud800",), "row 2"),
+        *rows_of(1),
+    ]
     reader = Listed(rows, on_error="skip", captions_per_image=1, limit=5)
     assert ids(reader) == ["0.jpg"]
     assert [(problem.kind, problem.where) for problem in reader.problems.listed] == [

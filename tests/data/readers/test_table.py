@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from st_kdmcse.data.images import load_image
-from st_kdmcse.data.readers import BadRowError, CaptionTable
+from st_kdmcse.data.readers import BadRowError, CaptionTable, open_captions
 
 ROWS = [("a.jpg", "A dog, ."), ("a.jpg", ' "A" brown dog .'), ("b.jpg", "Zwei Kätzchen 犬"), ("c.jpg", "A bird .")]
 EXPECTED = {"a.jpg": ["A dog, .", ' "A" brown dog .'], "b.jpg": ["Zwei Kätzchen 犬"], "c.jpg": ["A bird ."]}
@@ -212,7 +212,7 @@ def test_wrong_parquet_columns(tmp_path, columns, message):
 def test_damaged_parquet(table):
     path = table("parquet", [(f"{row}.jpg", f"caption {row}") for row in range(2_000)])
     whole = path.read_bytes()
-    for content in (whole[:1_000], b"", b"text"):
+    for content in (whole[:1_000], whole[:4]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="t.parquet is no whole parquet file"):
             list(CaptionTable(path, on_error="skip"))
@@ -226,3 +226,15 @@ def test_missing_paths(table, tmp_path):
         CaptionTable(tmp_path / "missing.tsv")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         CaptionTable(table("tsv"), images=tmp_path / "no")
+
+
+def test_the_content_tells_what_a_file_is_not_its_name(table, tmp_path):
+    rows = [("a.jpg", "a dog"), ("b.jpg", "a cat")]
+    parquet_file, text_file = table("parquet", rows), tmp_path / "captions.pq"
+    text_file.write_text("image\tcaption\na.jpg\ta dog\nb.jpg\ta cat\n")
+    renamed = parquet_file.rename(tmp_path / "captions.tsv")
+    for path in (text_file, renamed):
+        assert [record.captions for record in open_captions(path).records(check_files=False)] == [
+            ("a dog",),
+            ("a cat",),
+        ]

@@ -1,0 +1,86 @@
+"""Score a model on the seven STS tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.data import STS_TASKS, load_sts_tasks
+from st_kdmcse.encoding import load_model
+from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
+from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.provenance import provenance
+
+
+@click.command(context_settings={"max_content_width": 120})
+@click.option("--model", required=True, help="Model: hub name or folder.")
+@click.option(
+    "--data-dir",
+    required=True,
+    help="SentEval directory, a folder of the hub's STS data sets, or their organisation on the hub (mteb).",
+)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for the result.")
+@click.option("--tasks", help=f"Tasks, separated by commas.  [{','.join(STS_TASKS)}]")
+@click.option(
+    "--pooling",
+    help=f"What other poolings of the encoder would give: of {','.join(POOLINGS)}, separated by commas; or all.",
+)
+@click.option("--device", help="Such as cpu or cuda:1.  [a GPU if there is one]")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 1024; else 16384]")
+def main(
+    model: str,
+    data_dir: str,
+    output: Path | None,
+    tasks: str | None,
+    pooling: str | None,
+    device: str | None,
+    batch_tokens: int | None,
+) -> None:
+    """Score a model on STS12 to STS16, STS-B and SICK-R (test sets): Spearman x 100 in SentEval's "all" setting."""
+    quiet_libraries()
+    with friendly_errors():
+        check_output_file(output)
+        names = [name.strip() for name in tasks.split(",")] if tasks else STS_TASKS
+        found = load_sts_tasks(data_dir, names)
+        encoder = load_model(model, device)
+        if pooling:
+            poolings = [name.strip() for name in pooling.split(",")]
+            if pooling == "all":
+                poolings = [name for name in POOLINGS if name != "pooler" or has_pooler(encoder, model)]
+            elif "pooler" in poolings and not has_pooler(encoder, model):
+                raise ValueError(f"--pooling pooler: the checkpoint of {model} has no weights of a pooler")
+            results = evaluate_poolings(encoder, found, poolings, batch_tokens=batch_tokens)
+        else:
+            results = {AS_SAVED: evaluate_sts(encoder, found, batch_tokens=batch_tokens)}
+        click.echo(table(results))
+        result = results.pop(AS_SAVED)
+        absent = [name for name in names if name in result.absent]
+        if absent:
+            click.echo(f"absent from {data_dir}: {', '.join(absent)}; so there is no {AVERAGE}")
+        if output:
+            checksums = {name: details["data_sha256"] for name, details in result.details.items()}
+            record: dict[str, Any] = {
+                "spearman": result.spearman,
+                "absent": absent,
+                "details": result.details,
+                "pooling": {
+                    name: {"spearman": each.spearman, "details": each.details} for name, each in results.items()
+                },
+                **provenance(encoder, model, checksums),
+            }
+            write_json(output, record)
+            click.echo(f"details: {output}")
+
+
+def table(results: dict[str, STSResult]) -> str:
+    """Spearman x 100, a row a model or pooling, a column a task."""
+    width = max(map(len, results))
+    columns = [*STS_TASKS, AVERAGE]
+    lines = [" " * width + "".join(f"{column:>8}" for column in columns)]
+    for name, result in results.items():
+        scores = [result.spearman[column] for column in columns]
+        lines.append(f"{name:{width}}" + "".join("       -" if score is None else f"{score:8.2f}" for score in scores))
+    return "\n".join(lines)
