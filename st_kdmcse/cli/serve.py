@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.search.limits import Limits
 from st_kdmcse.search.semantic_index import SemanticIndex
-from st_kdmcse.search.server import LOCAL_HOSTS, Limits, create_app, is_local, listen
+from st_kdmcse.search.server import LOCAL_HOSTS, create_app, is_local, listen
 from st_kdmcse.search.server import serve as serve_app
 
 _DEFAULT = Limits()
@@ -16,23 +17,29 @@ _DEFAULT = Limits()
 
 @click.command(context_settings={"max_content_width": 120})
 @click.argument("address", metavar="DIR")
-@click.option("--model", help="Hub name or folder, if the model is not where the index was made.")
+@click.option("--model", help="Model: hub name or folder, if it has moved since the index was made.")
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of images to show.  [the one of the index]")
 @click.option(
-    "--images", type=click.Path(path_type=Path), help="Folder of images to show.  [that of the index, if any]"
+    "--image-column", default="image", show_default=True, help="Metadata that names a row's file in --images."
 )
-@click.option("--image-column", default="image", show_default=True, help="Metadata with a row's file in that folder.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at; 0.0.0.0 is all of them.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--max-k", type=int, default=_DEFAULT.results, show_default=True, help="Results of a search, at most.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 takes a free one."
+)
+@click.option("--max-k", type=int, default=_DEFAULT.results, show_default=True, help="Maximum number of results.")
 @click.option(
     "--max-query",
     type=int,
     default=_DEFAULT.query_characters,
     show_default=True,
-    help="Characters of a query, at most.",
+    help="Maximum number of characters in a query.",
 )
 @click.option(
-    "--rate", type=int, default=_DEFAULT.requests_per_minute, show_default=True, help="Searches of a client per minute."
+    "--rate",
+    type=int,
+    default=_DEFAULT.requests_per_minute,
+    show_default=True,
+    help="Maximum number of searches per client and minute.",
 )
 def serve(
     address: str,

@@ -56,7 +56,8 @@ class STSResult:
             whole = {kind: details[kind]["all"] for kind in ("pearson", "spearman")}
             parts = {"all": {"pairs": details["pairs"], **whole}, **details["subsets"]}
             rows += [{"task": task, "subset": name, **part} for name, part in parts.items()]
-        return pd.DataFrame(rows, columns=["task", "subset", "pairs", "pearson", "spearman"])
+        frame: pd.DataFrame = pd.DataFrame(rows, columns=["task", "subset", "pairs", "pearson", "spearman"])
+        return frame
 
     @property
     def absent(self) -> list[str]:

@@ -41,7 +41,7 @@ class MethodScores(NamedTuple):
         last: the same for the last checkpoint.
         dev: on STS-B dev by checkpoint.
         each: by checkpoint, the scores of each run, as in ``best`` and ``last``.
-        values: what the tests compare: of each run, the mean of the tasks present; without STS tasks, STS-B test.
+        compared: what the tests compare: of each run, the mean of the tasks present; without STS tasks, STS-B test.
         seconds: training time.
     """
 
@@ -50,7 +50,7 @@ class MethodScores(NamedTuple):
     last: dict[str, Summary | None]
     dev: dict[Checkpoint, Summary | None]
     each: dict[Checkpoint, list[dict[str, float | None]]]
-    values: list[float] | None
+    compared: list[float] | None
     seconds: Summary
 
 
@@ -128,7 +128,7 @@ class Comparison:
         The columns are method, seed, checkpoint ("best" or "last"), folder, the Spearman x 100 of each task, both kinds
         of mean (:data:`PRESENT` and :data:`AVERAGE`), and train_seconds. A score that was not measured is missing.
         """
-        return pd.DataFrame(
+        frame: pd.DataFrame = pd.DataFrame(
             {
                 "method": row.group.label,
                 "seed": run.seed,
@@ -141,6 +141,7 @@ class Comparison:
             for checkpoint, each in row.each.items()
             for run, scores in zip(row.group.runs, each, strict=True)
         )
+        return frame
 
     @property
     def runs(self) -> list[Run]:
@@ -208,7 +209,7 @@ def _row(group: Group, scores: Mapping[tuple[Path, Checkpoint], Scores]) -> Meth
             "last": _summary([run.dev_score("last") for run in group.runs]),
         },
         each=each,
-        values=None if None in values else [value for value in values if value is not None],
+        compared=None if None in values else [value for value in values if value is not None],
         seconds=summarize([float(run.summary["train_seconds"]) for run in group.runs]),
     )
 
@@ -249,9 +250,9 @@ def _resampled(
 
 
 def _pairs(rows: Sequence[MethodScores], resampled: Mapping[Path, Array] | None) -> list[Pair]:
-    tested = [(first, second) for first, second in combinations(rows, 2) if first.values and second.values]
-    plain = [t_test(first.values or [], second.values or []) for first, second in tested]
-    welch = [t_test(first.values or [], second.values or [], welch=True) for first, second in tested]
+    tested = [(first, second) for first, second in combinations(rows, 2) if first.compared and second.compared]
+    plain = [t_test(first.compared or [], second.compared or []) for first, second in tested]
+    welch = [t_test(first.compared or [], second.compared or [], welch=True) for first, second in tested]
     intervals = [
         bootstrap_difference(_stacked(first, resampled), _stacked(second, resampled)) if resampled else None
         for first, second in tested
@@ -262,7 +263,7 @@ def _pairs(rows: Sequence[MethodScores], resampled: Mapping[Path, Array] | None)
         Pair(
             first=first.group.label,
             second=second.group.label,
-            difference=float(np.mean(first.values or []) - np.mean(second.values or [])),
+            difference=float(np.mean(first.compared or []) - np.mean(second.compared or [])),
             t_test=plain[number],
             t_test_holm=corrected[0][number],
             welch=welch[number],

@@ -135,15 +135,15 @@ def curves_figure(comparison: Comparison) -> Figure:
 
 def scores_figure(comparison: Comparison) -> Figure:
     """The score of each run, and mean and standard deviation of each method."""
-    rows = [row for row in comparison.rows if row.values]
+    rows = [row for row in comparison.rows if row.compared]
     labels = [fill(row.group.label, 40) for row in rows]
     longest = max(map(len, "\n".join(labels).split("\n")))
     lines = max(label.count("\n") + 1 for label in labels)
     figure, (axes,) = new_figure(width=5.5 + 0.07 * longest, height=1.4 + max(0.5, 0.2 * lines) * len(rows))
     for number, row in enumerate(rows):
         color, marker = _look(number)
-        score = summarize(row.values or [])
-        axes.plot(row.values or [], np.full(score.n, number + 0.25), color=color, marker=".", **_SEEDS)
+        score = summarize(row.compared or [])
+        axes.plot(row.compared or [], np.full(score.n, number + 0.25), color=color, marker=".", **_SEEDS)
         axes.errorbar(score.mean, number, xerr=score.std, color=color, marker=marker, markersize=7, capsize=4)
     axes.plot([], [], color="#555555", marker=".", label="a seed", **_SEEDS)
     axes.errorbar([], [], xerr=[], color="#555555", marker="o", capsize=4, label="mean ± standard deviation")

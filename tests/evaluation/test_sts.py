@@ -75,6 +75,13 @@ def test_scores_equal_the_stock_evaluator(student, tasks):
     assert result.spearman["SICK-R"] is None
     assert result.spearman["Avg."] is None
     assert result.absent == ["STS13", "STS14", "STS15", "STS16", "SICK-R"]
+    frame = result.to_frame().set_index(["task", "subset"])
+    assert len(frame) == sum(1 + len(task.subsets) for task in tasks)
+    for task in tasks:
+        details = result.details[task.name]
+        assert frame.loc[(task.name, "all"), "spearman"] == details["spearman"]["all"]
+        for name, subset in details["subsets"].items():
+            assert frame.loc[(task.name, name)].to_dict() == subset
 
 
 def test_each_distinct_sentence_is_encoded_once(student, tasks, monkeypatch):

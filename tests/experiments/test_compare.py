@@ -54,6 +54,22 @@ def test_best_and_last_are_scored_as_by_evaluate_sts(root, data):
     assert record["data_sha256"] == {task.name: task.checksum for task in tasks}
 
 
+def test_the_scores_are_a_frame(root, data):
+    comparison = compare_runs(find_runs([root]).runs, load_sts_tasks(data), replicates=0)
+    frame = comparison.to_frame()
+    assert sorted(zip(frame.method, frame.seed, frame.checkpoint, strict=True)) == sorted(
+        (row.group.label, run.seed, checkpoint)
+        for row in comparison.rows
+        for run in row.group.runs
+        for checkpoint in ("best", "last")
+    )
+    for row in comparison.rows:
+        own = frame[(frame.method == row.group.label) & (frame.checkpoint == "best")]
+        assert own["STS12"].mean() == pytest.approx(row.best["STS12"].mean)
+        assert own[PRESENT].tolist() == row.compared
+        assert own["SICK-R"].isna().all()
+
+
 def test_a_second_report_evaluates_nothing(root, data):
     assert run(root, "--data-dir", data, "--output", root / "report").exit_code == 0
     files = sorted(root.rglob("evaluation/sts-*"))
@@ -110,11 +126,11 @@ def test_comparison_over_seeds_and_pairs(trained, data, tmp_path):
     tasks = load_sts_tasks(data)
     comparison = compare_runs(find_runs([root]).runs, tasks, replicates=50, seed=1)
     mcse, simcse = comparison.rows
-    assert mcse.values == pytest.approx([np.mean([each["STS12"], each["STS-B"]]) for each in mcse.each["best"]])
+    assert mcse.compared == pytest.approx([np.mean([each["STS12"], each["STS-B"]]) for each in mcse.each["best"]])
     assert mcse.best["Avg."] is None
-    assert mcse.best[PRESENT].mean == pytest.approx(np.mean(mcse.values))
+    assert mcse.best[PRESENT].mean == pytest.approx(np.mean(mcse.compared))
     (pair,) = comparison.pairs
-    assert pair.difference == pytest.approx(np.mean(mcse.values) - np.mean(simcse.values))
+    assert pair.difference == pytest.approx(np.mean(mcse.compared) - np.mean(simcse.compared))
     assert pair.low <= pair.difference + 3
     assert pair.low <= pair.high
     assert pair.bootstrap == pair.bootstrap_holm

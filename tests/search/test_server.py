@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 
 from st_kdmcse import build_student
 from st_kdmcse.search import SemanticIndex
-from st_kdmcse.search.server import LOCAL_HOSTS, Limits, RateLimit, create_app, is_local, listen
+from st_kdmcse.search.limits import Limits, RateLimit
+from st_kdmcse.search.server import LOCAL_HOSTS, create_app, is_local, listen
 
 HOSTILE = ["<script>document.title = 'taken'</script>", '<img src=x onerror="alert(1)"> & "quoted"']
 

@@ -1,0 +1,87 @@
+"""What one user of the search page may ask for, so that all are served."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+_MOST = {"query_characters": 5_000, "results": 1_000, "requests_per_minute": 1_000_000, "waiting": 1_000}
+_CLIENTS = 10_000
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one user may ask for, so that all are served.
+
+    Attributes:
+        query_characters: of a query, and of a condition of its filter; 1 to 5,000, which fit into a URL.
+        results: of a search; 1 to 1,000.
+        requests_per_minute: searches of a client's address, as many at once; 1 to 1,000,000. Of thumbnails it may ask
+            for one a result.
+        waiting: searches that may wait for the one that runs; 0 to 1,000.
+
+    Raises:
+        ValueError: if one is out of its range; names it.
+    """
+
+    query_characters: int = 1_000
+    results: int = 100
+    requests_per_minute: int = 120
+    waiting: int = 16
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least, most = getattr(self, field.name), int(field.name != "waiting"), _MOST[field.name]
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{field.name} is {value!r}, expected an integer of {least} to {most:,}")
+
+
+class RateLimit:
+    """How often clients may ask: a token bucket for each, of the last 10,000 that asked.
+
+    Args:
+        per_minute: requests, as many of them at once.
+        clock: seconds.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait(self, client: str) -> float:
+        """Seconds until a client may ask; 0 if it may now, which counts."""
+        now = self._clock()
+        tokens, since = self._clients.pop(client, (float(self._per_minute), now))
+        tokens = min(self._per_minute, tokens + (now - since) * self._per_minute / 60)
+        allowed = tokens >= 1
+        self._clients[client] = (tokens - allowed, now)
+        if len(self._clients) > _CLIENTS:
+            self._clients.popitem(last=False)
+        return 0 if allowed else (1 - tokens) * 60 / self._per_minute
+
+
+class BusyError(Exception):
+    """Too many are waiting."""
+
+
+class Turns:
+    """A thread in which calls take turns, and a place for some to wait."""
+
+    def __init__(self, waiting: int) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._places = threading.BoundedSemaphore(waiting + 1)
+
+    async def take(self, call: Callable[[], _Result]) -> _Result:
+        if not self._places.acquire(blocking=False):
+            raise BusyError
+        future = self._thread.submit(call)
+        future.add_done_callback(lambda _: self._places.release())
+        return await asyncio.wrap_future(future)
