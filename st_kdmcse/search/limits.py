@@ -80,6 +80,11 @@ class Turns:
         self._places = threading.BoundedSemaphore(waiting + 1)
 
     async def take(self, call: Callable[[], _Result]) -> _Result:
+        """The result of a call, after its turn has come.
+
+        Raises:
+            BusyError: if all places are taken.
+        """
         if not self._places.acquire(blocking=False):
             raise BusyError
         future = self._thread.submit(call)

@@ -43,7 +43,7 @@ def create_app(
     *,
     images: Path | None = None,
     image_column: str = "image",
-    limits: Limits = Limits(),
+    limits: Limits = Limits(),  # noqa: B008 - frozen
     hosts: Iterable[str] | None = None,
 ) -> FastAPI:
     """An application that searches an index: a page with a search box, and the JSON behind it.
