@@ -15,7 +15,7 @@ from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.inspection import inspect_store
 from st_kdmcse.data.readers import FORMATS
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
-from st_kdmcse.extraction.extract import skipped_file
+from st_kdmcse.extraction.merge import skipped_file
 from st_kdmcse.processes import processes
 
 Command = Callable[..., Any]

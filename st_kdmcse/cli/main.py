@@ -11,7 +11,7 @@ COMMANDS = {
     "extract": ("extraction:extract", "Encode images and captions with a frozen teacher, and write a feature store."),
     "merge": ("extraction:merge_command", "Join the shards of an extraction into a feature store."),
     "inspect": ("extraction:inspect", "Show what is in a feature store."),
-    "index": ("search:index", "Make a search index of a file of texts, and keep it up to date."),
+    "index": ("index:index", "Make a search index of a file of texts, and keep it up to date."),
     "search": ("search:search", "Search an index by meaning."),
     "serve": ("serve:serve", "Search an index in the browser, on a page that this machine serves."),
     "duplicates": ("search:duplicates", "Find near-duplicate texts in a file."),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from datasets import Dataset
 
 from st_kdmcse.data.layout import (
     ARROW,
-    CSV,
     FORMAT,
     IMAGES,
     MANIFEST,
@@ -34,7 +32,8 @@ from st_kdmcse.data.layout import (
     as_rows,
     off_norm,
 )
-from st_kdmcse.files import ByteProgress, byte_progress, read_manifest, sha256_file
+from st_kdmcse.data.opening import open_array, open_table, read_store_manifest, table_name
+from st_kdmcse.files import ByteProgress, byte_progress, sha256_file
 
 _SAMPLED_ROWS = 256
 
@@ -94,16 +93,16 @@ class FeatureStore:
                 f"there is no feature store at {path}: make one with st-kdmcse extract, FeatureStore.from_arrays or "
                 "import_released_json"
             )
-        manifest = _read_manifest(self._path)
-        self._images = _open_array(self._path / IMAGES)
-        self._texts = _open_array(self._path / TEXTS)
+        manifest = read_store_manifest(self._path)
+        self._images = open_array(self._path / IMAGES)
+        self._texts = open_array(self._path / TEXTS)
         if self._images.shape[1] != self._texts.shape[1] or self._images.dtype != self._texts.dtype:
             raise ValueError(
                 f"{self._path}: the image features are {self._images.dtype} of dim {self._images.shape[1]} and the "
                 f"text features {self._texts.dtype} of dim {self._texts.shape[1]}; both must be the same"
             )
-        self._table_name = _table_name(self._path, manifest)
-        self._table = _open_table(self._path / self._table_name)
+        self.table_name = table_name(self._path, manifest)
+        self._table = open_table(self._path / self.table_name)
         self._manifest = manifest or self._derived_manifest()
         self._check_manifest()
 
@@ -213,7 +212,7 @@ class FeatureStore:
         """SHA-256 over the content: the manifest's, or of the files where there is none (which reads them)."""
         if "checksum" in self._manifest:
             return str(self._manifest["checksum"])
-        digests = (sha256_file(self._path / name) for name in (IMAGES, TEXTS, self._table_name))
+        digests = (sha256_file(self._path / name) for name in (IMAGES, TEXTS, self.table_name))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @property
@@ -315,7 +314,7 @@ class FeatureStore:
         Raises:
             ValueError: if ``captions_per_image`` is less than 1.
         """
-        if self._table_name == ARROW:
+        if self.table_name == ARROW:
             dataset = Dataset.from_file(str(self._path / ARROW)).select_columns(["caption"])
             dataset = dataset.rename_column("caption", "sentence")
         else:
@@ -362,7 +361,7 @@ class FeatureStore:
             bad = np.flatnonzero((numbers < 0) | (numbers >= limit))
             if bad.size:
                 raise ValueError(
-                    f"{self._path / self._table_name}, row {bad[0]}: {name} {numbers[bad[0]]} is out of range, there "
+                    f"{self._path / self.table_name}, row {bad[0]}: {name} {numbers[bad[0]]} is out of range, there "
                     f"are {limit} rows of features; write the store again"
                 )
             numbers.flags.writeable = False
@@ -402,7 +401,7 @@ class FeatureStore:
                 )
 
     def _verify_table(self) -> None:
-        path = self._path / self._table_name
+        path = self._path / self.table_name
         try:
             self._table.validate(full=True)
         except pa.ArrowInvalid as error:
@@ -446,66 +445,3 @@ def _draw_rows(image_rows: RowNumbers, per_image: int, seed: int) -> RowNumbers:
     starts = np.flatnonzero(np.diff(image_rows[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
     return np.sort(order[rank < per_image])
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The checked content of the manifest; None for a folder without one."""
-    path = folder / MANIFEST
-    return read_manifest(path, FORMAT, VERSION, "copy or write the store again") if path.exists() else None
-
-
-def _table_name(folder: Path, manifest: Mapping[str, Any] | None) -> str:
-    """Which of the two encodings of the table the store uses."""
-    if manifest is not None:
-        return ARROW if ARROW in manifest["files"] else CSV
-    return CSV if (folder / CSV).exists() and not (folder / ARROW).exists() else ARROW
-
-
-def _require(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a feature store holds {IMAGES}, {TEXTS} and {ARROW} (or {CSV}); copy or write the "
-            "store again"
-        )
-
-
-def _open_array(path: Path) -> Array:
-    _require(path)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, SyntaxError, TokenError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole .npy file ({error}): copy or write the store again") from error
-    if array.ndim != 2 or 0 in array.shape or array.dtype not in (np.float16, np.float32):
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected (n, T) float16 or float32")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{path} is in Fortran order: save numpy.ascontiguousarray of it")
-    expected, size = array.offset + array.nbytes, path.stat().st_size
-    if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}: copy or write the store again")
-    return array.view(np.ndarray)
-
-
-def _open_table(path: Path) -> pa.Table:
-    _require(path)
-    try:
-        if path.name == CSV:
-            table = pa.csv.read_csv(
-                path,
-                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(
-                    include_columns=SCHEMA.names, column_types=SCHEMA, strings_can_be_null=False
-                ),
-            )
-        else:
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        names = table.column_names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or is not a table of captions ({error})") from error
-    for field in SCHEMA:
-        if field.name not in names or table.schema.field(field.name).type != field.type:
-            raise ValueError(f"{path} has no {field.type} column {field.name!r}; its columns: {names}")
-        if table.column(field.name).null_count:
-            raise ValueError(f"{path}: the column {field.name!r} has missing values; fill them in, or leave them out")
-    if not table.num_rows:
-        raise ValueError(f"{path} has no rows: write the store again")
-    return table

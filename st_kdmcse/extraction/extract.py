@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -16,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from st_kdmcse.data import FeatureStore, FeatureStoreWriter
+from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.images import ImageError, ImageSource
 from st_kdmcse.data.layout import Array, FeatureDtype
 from st_kdmcse.data.readers import BadRowError, CaptionedImage, ImageCaptionReader, Problem
+from st_kdmcse.extraction.decoding import DecodedImages, collate_images, named_worker_errors
+from st_kdmcse.extraction.merge import disable_bar, join_parts, parts_folder, refuse_existing, skipped_file
 from st_kdmcse.extraction.parts import End, Part, PartsFolder, chain, digest, record_bytes
 from st_kdmcse.teachers.base import Preprocess, Teacher, try_load
 
@@ -137,12 +135,12 @@ def extract(
     }
     started = time.perf_counter()
     if not parts.exists:
-        _refuse_existing(path)
+        refuse_existing(path)
     with parts.lock(exclusive=count == 1):
         if path.exists() and parts.run == run:  # killed when all was done but the tidying up
             parts.remove()
             return finished_report(path, started)
-        _refuse_existing(path)
+        refuse_existing(path)
         parts.claim(run)
         job = _Job(reader, parts, teacher.preprocess, part_size, index, count)
         try:
@@ -155,7 +153,7 @@ def extract(
         finally:
             reader.on_problem = None
         parts.write_end(job.end())
-        store = _join(path, parts, show_progress_bar) if count == 1 else None
+        store = join_parts(path, parts, show_progress_bar) if count == 1 else None
     listed = skipped_file(path)
     return ExtractionReport(
         path,
@@ -183,66 +181,6 @@ def finished_report(path: Path, started: float | None = None) -> ExtractionRepor
     return ExtractionReport(
         path, store, store.num_images, 0, store.num_images, {}, listed if listed.exists() else None, seconds
     )
-
-
-def merge(path: str | Path, show_progress_bar: bool | None = None) -> FeatureStore:
-    """Join the parts of an extraction into its feature store, and remove them.
-
-    Args:
-        path: the store's folder, as given to :func:`extract`.
-        show_progress_bar: None shows one in a terminal if it takes more than two seconds.
-
-    Returns:
-        The store, open; one that is joined already is left as it is.
-
-    Raises:
-        FileNotFoundError: if no extraction was begun for ``path``.
-        FileExistsError: if there is something else at ``path`` already.
-        ValueError: if parts are missing (names them), were made from different data, or are being made.
-    """
-    path = Path(path).resolve()
-    parts = parts_folder(path)
-    if not parts.exists:
-        if path.is_dir():
-            return FeatureStore.open(path)
-        raise FileNotFoundError(f"there is no extraction to merge: {parts.path} does not exist")
-    with parts.lock(exclusive=True):
-        _refuse_existing(path)
-        return _join(path, parts, show_progress_bar)
-
-
-def _join(path: Path, parts: PartsFolder, show_progress_bar: bool | None) -> FeatureStore:
-    end, run = parts.end, parts.run
-    if end is None:
-        raise ValueError(f"no process has reached the end of the data set yet: run the extraction of {path} again")
-    parts.check_complete(end)
-    joined = parts.path / "store"
-    for left_over in (joined, *parts.path.glob(".store.*.tmp")):
-        shutil.rmtree(left_over, ignore_errors=True)
-    source = {**(run["source"] or {}), "precision": run["precision"], "records_sha256": end.records}
-    skipped = bool(end.bad_rows)
-    with FeatureStoreWriter(
-        joined, run["dim"], run["dtype"], run["teacher"], shared_space=run["shared_space"], source=source
-    ) as writer:
-        for number in tqdm(range(end.parts), "Joining parts", delay=2, disable=_disable(show_progress_bar)):
-            part = parts.read(number)
-            writer.extend(part.image_ids, part.image_features, part.captions, part.text_features)
-            skipped |= bool(part.problems)
-    if skipped:
-        parts.write_skipped(skipped_file(path), end.parts)
-    joined.rename(path)
-    parts.remove()
-    return FeatureStore.open(path)
-
-
-def parts_folder(path: Path) -> PartsFolder:
-    """Where the parts of a store are kept until it is complete."""
-    return PartsFolder(path.with_name(path.name + ".parts"))
-
-
-def skipped_file(path: Path) -> Path:
-    """The list of what was left out of a store."""
-    return path.with_name(path.name + ".skipped.csv")
 
 
 class _Planned(NamedTuple):
@@ -321,16 +259,16 @@ class _Job:
 
 def _encode_all(job: _Job, teacher: Teacher, dtype: FeatureDtype, workers: int, bar: tqdm[Any]) -> None:
     loader = DataLoader(
-        _Images(teacher),
+        DecodedImages(teacher),
         batch_sampler=job.batches(teacher.batch_size, bar),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate_images,
         pin_memory=teacher.device.type == "cuda",
     )
     features: list[Array] = []
     problems: list[Problem] = []
     kept: list[bool] = []
-    for pixels, errors, size in _named_worker_errors(loader):
+    for pixels, errors, size in named_worker_errors(loader):
         part = job.planned[0]
         for position, kind, message in errors:
             problem = Problem(kind, part.records[len(kept) + position].where, message)
@@ -390,36 +328,6 @@ def _stored(features: Array, dtype: FeatureDtype, records: Sequence[CaptionedIma
     return stored
 
 
-class _Images(Dataset[Any]):
-    """Decodes what it is asked for: its indices are the images themselves."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self.preprocess = teacher.preprocess
-
-    def __getitem__(self, source: ImageSource) -> Tensor | tuple[str, str]:
-        loaded = try_load(source, self.preprocess)
-        return (loaded.kind, str(loaded)) if isinstance(loaded, ImageError) else loaded
-
-
-def _collate(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]], int]:
-    """(B, 3, H, W) pixels of the readable images, the errors of the others by position, and the number of all."""
-    pixels = [item for item in items if isinstance(item, Tensor)]
-    errors = [(position, *item) for position, item in enumerate(items) if not isinstance(item, Tensor)]
-    return torch.stack(pixels) if pixels else torch.empty(0), errors, len(items)
-
-
-def _named_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not re.search("exited unexpectedly|killed by signal", str(error)):
-            raise
-        raise ValueError(
-            f"a process that decodes images died ({error}): there may be too little (shared) memory: "
-            "set `workers` to fewer"
-        ) from error
-
-
 def _image(record: CaptionedImage) -> ImageSource:
     if record.image is None:
         raise ValueError(f"{_place(record)}: the data set was opened without images: give their folder as `images`")
@@ -448,14 +356,5 @@ def _progress_bar(
         unit="image",
         # A log file is no terminal: a line now and then is enough there.
         mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=_disable(show_progress_bar),
+        disable=disable_bar(show_progress_bar),
     )
-
-
-def _disable(show_progress_bar: bool | None) -> bool | None:
-    return None if show_progress_bar is None else not show_progress_bar
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise FileExistsError(f"{path} exists already: look at it with st-kdmcse inspect, or choose another output")

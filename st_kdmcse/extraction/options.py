@@ -14,7 +14,8 @@ from accelerate import PartialState
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.layout import FeatureDtype
 from st_kdmcse.data.readers import ImageCaptionReader, open_captions
-from st_kdmcse.extraction.extract import ExtractionReport, extract, finished_report, merge, parts_folder
+from st_kdmcse.extraction.extract import ExtractionReport, extract, finished_report
+from st_kdmcse.extraction.merge import merge, parts_folder
 from st_kdmcse.extraction.parts import record_bytes
 from st_kdmcse.processes import processes
 from st_kdmcse.teachers import Teacher, load_teacher

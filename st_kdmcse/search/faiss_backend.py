@@ -13,23 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from st_kdmcse.search.base import Filter, Hit, Matrix, NewRows
-from st_kdmcse.search.factory import (
-    EXACT_ROWS,
-    RECALL_AT,
-    Reordered,
-    Tuning,
-    build_faiss,
-    choose_factory,
-    effort_name,
-    get_effort,
-    is_exact,
-    new_index,
-    searching,
-    train,
-)
+from st_kdmcse.search.factory import EXACT_ROWS, Reordered, build_faiss, choose_factory, is_exact, new_index, train
 from st_kdmcse.search.faiss_library import load_faiss
 from st_kdmcse.search.gpu import MOST_RESULTS, GpuSearch
 from st_kdmcse.search.table import Positions, RowTable
+from st_kdmcse.search.tuning import RECALL_AT, Tuning, effort_name, get_effort, searching
 
 logger = logging.getLogger(__name__)
 

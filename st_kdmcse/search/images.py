@@ -16,10 +16,10 @@ from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.files import progress_bar
 from st_kdmcse.losses.heads import ProjectionHead, load_head
 from st_kdmcse.search.base import Matrix, NewRows
-from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.semantic_index import OWN_MODEL, SemanticIndex
 from st_kdmcse.search.storage import check_free
+from st_kdmcse.search.tuning import check_recall_target
 
 IMAGE = "image"
 """Name of the metadata that has the file of an image."""

@@ -20,15 +20,13 @@ import pyarrow.parquet as pq
 
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.data.sentences import named_errors, read_lines
-from st_kdmcse.files import atomic_path, byte_progress, is_parquet, sha256_file
+from st_kdmcse.files import byte_progress, is_parquet, sha256_file
 from st_kdmcse.search.base import MAX_ID_LENGTH
 
 OnEmpty = Literal["skip", "raise"]
 OnBytes = Callable[[int], object]
 _Kind = Literal["text", "plain", "other"]
 
-OUTPUT_SUFFIXES = (".csv", ".jsonl", ".parquet")
-"""Formats of :func:`write_rows`."""
 
 _TEXT_COLUMNS = ("text", "sentence", "caption")
 _JSON_ROWS_FOR_COLUMNS = 100
@@ -300,76 +298,6 @@ class RecordFile:
                     f"{self.path}: {name!r} holds no texts, numbers or truth values: leave it out of the metadata"
                 )
         return self._wanted
-
-
-def output_file(path: str | Path, source: str | Path | None = None) -> Path:
-    """The path of a file for :func:`write_rows`, checked before the work that leads to it.
-
-    Args:
-        path: the file.
-        source: the file that the results are made from.
-
-    Raises:
-        ValueError: if the suffix is none of :data:`OUTPUT_SUFFIXES`, or it is a folder, or the source itself.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} is to be written as which format? Give it one of {', '.join(OUTPUT_SUFFIXES)}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give a file")
-    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
-        raise ValueError(f"{path} is what is read: give another file for the results")
-    return path
-
-
-def write_rows(path: str | Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write a table of results a row at a time; whole or not at all.
-
-    Args:
-        path: ``.csv``, ``.jsonl`` or ``.parquet``; its folder is made if need be.
-        schema: names and types of the columns.
-        rows: a value for each column.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        ValueError: for another suffix.
-    """
-    path = output_file(path)
-    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()]
-    with atomic_path(path) as temporary:
-        return write(temporary, schema, rows)
-
-
-def _write_csv(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, schema.names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(row)
-            count += 1
-    return count
-
-
-def _write_jsonl(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({name: row[name] for name in schema.names}, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
-def _write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> int:
-    count = 0
-    rows = iter(rows)
-    with pq.ParquetWriter(path, schema) as writer:
-        while chunk := list(islice(rows, _PARQUET_ROWS)):
-            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
-            count += len(chunk)
-    return count
 
 
 class _Row(NamedTuple):

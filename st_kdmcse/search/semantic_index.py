@@ -16,9 +16,9 @@ from st_kdmcse.files import write_folder
 from st_kdmcse.provenance import model_identity
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
-from st_kdmcse.search.factory import check_recall_target
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, write_index
+from st_kdmcse.search.tuning import check_recall_target
 
 if TYPE_CHECKING:
     from st_kdmcse.search.milvus_backend import MilvusBackend

@@ -13,10 +13,10 @@ from typing import Any
 from st_kdmcse import files
 from st_kdmcse.files import LOCK, byte_progress, locked, manifest_checksum, sha256_file, sync_path, write_json
 from st_kdmcse.provenance import versions
-from st_kdmcse.search.factory import Tuning
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.faiss_library import load_faiss
 from st_kdmcse.search.table import RowTable
+from st_kdmcse.search.tuning import Tuning
 
 FORMAT = "st_kdmcse.semantic_index"
 VERSION = 1

@@ -59,7 +59,7 @@ def test_bad_data_is_listed_or_left_out(tmp_path, photo_set, tiny_open_clip):
     arguments = ["--captions", folder / "captions.txt", "--images", folder / "Images", "--teacher", tiny_open_clip]
     result = run("extract", tmp_path / "features", *arguments, "--workers", 0)
     assert result.exit_code == 2
-    assert "1 bad row; mend them, or leave them out with --on-error skip" in result.output
+    assert "1 bad row; mend them, or set --on-error to skip, which leaves them out" in result.output
     assert "captions.txt, line 8: the image" in result.output
     result = run("extract", tmp_path / "features", *arguments, "--workers", 0, "--on-error", "skip")
     assert result.exit_code == 0

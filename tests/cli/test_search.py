@@ -12,7 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_kdmcse import KDMCSELoss, build_student
 from st_kdmcse.cli.main import main
-from st_kdmcse.cli.search import RESULT_COLUMNS, SizeType
+from st_kdmcse.cli.search import RESULT_COLUMNS
+from st_kdmcse.cli.search_options import SizeType
 from st_kdmcse.search import SemanticIndex
 
 pytest.importorskip("faiss")

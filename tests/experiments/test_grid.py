@@ -132,8 +132,8 @@ def test_checkpoints_are_kept_on_demand(data, tiny_bert, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "changes", "message"),
     [
-        (None, {"model": "bert-bse"}, "--model bert-bse is neither"),
-        (lambda folder: (folder / "model.safetensors").unlink(), {}, r"--model .*copy cannot be loaded: "),
+        (None, {"model": "bert-bse"}, "`model` bert-bse is neither"),
+        (lambda folder: (folder / "model.safetensors").unlink(), {}, r"`model` .*copy cannot be loaded: "),
         (None, {"max_seq_length": 65}, "from 2 to the 64 positions"),
         (None, {"eval_data": "/nowhere"}, "there is no folder /nowhere"),
         (None, {"text_column": "title"}, "title"),

@@ -298,7 +298,8 @@ def test_bad_rows_are_refused_all_at_once_before_the_teacher_is_loaded(tmp_path,
     folder, _ = broken
     options = ExtractionOptions(str(folder / "captions.txt"), folder / "Images", teacher="local-dir:nowhere")
     with pytest.raises(
-        ValueError, match=r"2 bad rows.*--on-error skip:\n43 images.*\n1 x empty.*\n1 x no image file"
+        ValueError,
+        match=r"2 bad rows.*`on_error` to skip, which leaves them out:\n43 images.*\n1 x empty.*\n1 x no image file",
     ) as e:
         extract_dataset(options, tmp_path / "features")
     assert "photo 000.png does not exist" in str(e.value)
@@ -402,7 +403,7 @@ def test_an_image_that_would_fill_the_memory_once_scaled(tmp_path, photo_set, te
 
 def test_images_are_asked_for_before_the_teacher_is_loaded(tmp_path, photo_set):
     options = ExtractionOptions(str(photo_set / "captions.txt"), teacher="local-dir:nowhere")
-    with pytest.raises(ValueError, match=r"captions.txt does not bring its images: say where they are \(--images\)"):
+    with pytest.raises(ValueError, match=r"captions.txt holds no images: give their folder as `images`"):
         extract_dataset(options, tmp_path / "features")
 
 
@@ -442,7 +443,7 @@ def test_options_out_of_range(tmp_path, photo_set, reader, teacher):
     with pytest.raises(FileNotFoundError, match="no extraction to merge"):
         merge(tmp_path / "features")
     captions_only = CaptionsCSV(photo_set / "captions.txt")
-    with pytest.raises(ValueError, match=r"line 2: the data set was opened without images.*--images"):
+    with pytest.raises(ValueError, match=r"line 2: the data set was opened without images.*`images`"):
         extract(captions_only, teacher, tmp_path / "features", **SMALL)
 
 
@@ -450,7 +451,7 @@ def test_features_beyond_float16_are_named(tmp_path, reader, teacher, monkeypatc
     plain = type(teacher).encode_texts
     monkeypatch.setattr(type(teacher), "encode_texts", lambda *a, **k: plain(*a, **k) * 1e6)
     with pytest.raises(
-        ValueError, match=r"line 2: the features of the caption are not finite in float16: store float32"
+        ValueError, match=r"line 2: the features of the caption are not finite in float16: set `dtype` to float32"
     ):
         extract(reader, teacher, tmp_path / "features", **SMALL)
 

@@ -101,7 +101,9 @@ def test_a_table_that_was_lost_is_made_again(stopped, build, records, tmp_path):
 
 
 def test_other_records_do_not_continue_a_build(stopped, build, records, tiny_bert, tmp_path):
-    with pytest.raises(ValueError, match=r"index\.parts begun with other settings .source was .*delete that folder"):
+    with pytest.raises(
+        ValueError, match=r"index\.parts was begun with other settings .source was .*delete that folder"
+    ):
         build(records, source={"file": "other.txt"})
     changed = [TextRecord(record.id, f"{record.text} ball", record.metadata) for record in records]
     with pytest.raises(ValueError, match="made from other records, though their source is the same"):

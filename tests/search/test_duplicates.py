@@ -10,7 +10,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from st_kdmcse.search import duplicates
 from st_kdmcse.search.duplicates import DUPLICATE_COLUMNS, Duplicate, find_duplicates
-from st_kdmcse.search.records import TextRecord, write_rows
+from st_kdmcse.search.records import TextRecord
+from st_kdmcse.search.results import write_rows
 
 pytest.importorskip("faiss")
 

@@ -9,14 +9,13 @@ from st_kdmcse.search.base import unit_rows
 from st_kdmcse.search.factory import (
     build_faiss,
     choose_factory,
-    exact_search,
-    get_effort,
     held_out_count,
     held_out_swaps,
     new_index,
     size_text,
     train,
 )
+from st_kdmcse.search.tuning import exact_search, get_effort
 
 GIB = 1 << 30
 

@@ -193,7 +193,7 @@ def test_refusals():
 
 def test_without_faiss_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r"st-kdmcse\[search\].*st-kdmcse\[gpu\]"):
+    with pytest.raises(ImportError, match=r"st-kdmcse\[search\].*st-kdmcse\[faiss-gpu\]"):
         FaissBackend.empty(DIM)
 
 

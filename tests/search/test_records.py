@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from st_kdmcse.search.records import RecordFile, TextRecord, output_file, write_rows
+from st_kdmcse.search.records import RecordFile, TextRecord
+from st_kdmcse.search.results import output_file, write_rows
 
 
 def write(path, content):

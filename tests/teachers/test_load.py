@@ -45,7 +45,7 @@ def test_each_kind(tiny_open_clip, tiny_clip, text_folder, template, expected):
     assert type(teacher) is expected
     assert teacher.batch_size == 7
     assert teacher.device == torch.device("cpu")
-    with pytest.raises(ValueError, match="brings its own weights: leave 'openai' .--pretrained. out"):
+    with pytest.raises(ValueError, match="brings its own weights: leave `pretrained` .'openai'. out"):
         load_teacher(name, pretrained="openai", device="cpu")
 
 
@@ -74,7 +74,7 @@ def test_the_default_weights_are_those_of_openai():
     # Offline, a tag that is right ends at the download.
     with pytest.raises(ValueError, match="ViT-L-14 with the weights openai cannot be loaded"):
         load_teacher("ViT-L-14")
-    with pytest.raises(ValueError, match="ViT-B-16-SigLIP has no weights 'openai': give one of webli as pretrained"):
+    with pytest.raises(ValueError, match="ViT-B-16-SigLIP has no weights 'openai': give one of webli as `pretrained`"):
         load_teacher("ViT-B-16-SigLIP")
 
 

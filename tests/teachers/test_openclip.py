@@ -163,7 +163,7 @@ def test_unknown_names_are_answered_with_near_ones(tiny_config):
         OpenCLIPTeacher("qqqq")
     with pytest.raises(ValueError, match=r"no weights 'openia' of ViT-B-32; near names: openai; its tags: openai, "):
         OpenCLIPTeacher("ViT-B-32", "openia")
-    with pytest.raises(ValueError, match=r"no weights 'openai' of ViT-tiny-test; it has none. Give .* checkpoint"):
+    with pytest.raises(ValueError, match=r"no weights 'openai' of ViT-tiny-test; it has no tags. Give .* checkpoint"):
         OpenCLIPTeacher(str(tiny_config))
 
 

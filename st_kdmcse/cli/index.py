@@ -1,0 +1,277 @@
+"""``st-kdmcse index build|images|add|update|remove|info``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+
+from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.search_options import (
+    SETTINGS,
+    Address,
+    Factory,
+    File,
+    MemoryLimit,
+    Model,
+    NamesType,
+    RecallTarget,
+    file_options,
+    record_file,
+    say_what_was_skipped,
+)
+from st_kdmcse.data.store import FeatureStore
+from st_kdmcse.encoding import load_model
+from st_kdmcse.files import progress_bar
+from st_kdmcse.losses.heads import HEADS_DIR
+from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
+from st_kdmcse.search.build import build_index
+from st_kdmcse.search.images import index_images
+from st_kdmcse.search.records import RecordFile, TextRecord
+from st_kdmcse.search.semantic_index import SemanticIndex
+from st_kdmcse.search.storage import read_index
+
+_ADDED_AT_A_TIME = 512
+_PAIRS_SHOWN = 20
+
+
+@click.group()
+def index() -> None:
+    """Make a search index of a file of texts, and keep it up to date.
+
+    DIR is a folder, or the address of a collection of Milvus: milvus://HOST:19530/COLLECTION, or
+    milvus:///path/to/file.db?collection=NAME for a file on this machine.
+    """
+
+
+@index.command(context_settings=SETTINGS)
+@File
+@click.option("--model", required=True, help="Sentence encoder: hub name or folder.")
+@click.option("--out", required=True, metavar="DIR", help="Folder of the index, or the address of a Milvus collection.")
+@file_options("number of the line, or row")
+@Factory
+@RecallTarget
+@MemoryLimit
+@click.option("--devices", type=NamesType(), metavar="A,B", help="That share the encoding: cuda:0,cuda:1.  [all GPUs]")
+def build(
+    file: Path,
+    model: str,
+    out: str,
+    factory: str | None,
+    recall_target: float,
+    memory_limit: int | None,
+    devices: list[str] | None,
+    **columns: Any,
+) -> None:
+    """Index the texts of FILE: one a line (.txt, also .gz), or a table (.csv, .tsv, .jsonl, .parquet).
+
+    Interrupted or killed, the same command goes on where it was.
+
+    \b
+    st-kdmcse index build sentences.txt --model kdmcse-bert --out my-index
+    st-kdmcse index build articles.csv --text-column title --id-column number --model kdmcse-bert --out my-index
+    """  # noqa: D301 - click reads the backspace character
+    quiet_libraries()
+    with friendly_errors("stopped; what was encoded is kept, and the same command goes on from there"):
+        records = record_file(file, columns)
+        place = parse_address(out)
+        if isinstance(place, MilvusAddress):
+            if factory or memory_limit or devices:
+                raise ValueError("--factory, --memory-limit and --devices are for an index in a folder, not in Milvus")
+            total = records.check()
+            made = SemanticIndex.open(out, model, create=True)
+            _fill(made, records, total)
+        else:
+            made = build_index(
+                records,
+                load_model(model),
+                str(Path(model).absolute()) if Path(model).is_dir() else model,
+                place,
+                source=records.identity(),
+                factory=factory,
+                recall_target=recall_target,
+                memory_limit=memory_limit,
+                devices=devices,
+            )
+        click.echo(f"{len(made):,} texts of {file} are in {out}")
+        say_what_was_skipped(records)
+        click.echo(f'search it: st-kdmcse search {shlex.quote(out)} "a query"')
+
+
+@index.command(context_settings=SETTINGS)
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="Sentence encoder that was trained with the heads: hub name or folder.")
+@click.option("--heads", type=click.Path(path_type=Path), help="Folder of the trained heads.  [MODEL/heads]")
+@click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of the image files, to show them.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the index.")
+@Factory
+@RecallTarget
+@MemoryLimit
+def images(
+    features: Path,
+    model: str,
+    heads: Path | None,
+    folder: Path | None,
+    out: Path,
+    factory: str | None,
+    recall_target: float,
+    memory_limit: int | None,
+) -> None:
+    """Index the images of the feature store FEATURES, to be found by sentences, with heads that were trained on it.
+
+    \b
+    st-kdmcse index images flickr30k-features --model kdmcse-bert --images flickr30k-images --out my-images
+    st-kdmcse search my-images "a dog in the snow"
+    """  # noqa: D301 - click reads the backspace character
+    quiet_libraries()
+    with friendly_errors("stopped; nothing was written"):
+        made = index_images(
+            FeatureStore.open(features),
+            load_model(model),
+            Path(model, HEADS_DIR) if heads is None else heads,
+            out,
+            images=folder,
+            factory=factory,
+            recall_target=recall_target,
+            memory_limit=memory_limit,
+        )
+        click.echo(f"{len(made):,} images of {features} are in {out}")
+        click.echo(f'search them: st-kdmcse search {shlex.quote(str(out))} "a query"')
+
+
+@index.command(context_settings=SETTINGS)
+@Address
+@File
+@file_options("new ids are made")
+@Model
+def add(address: str, file: Path, model: str | None, **columns: Any) -> None:
+    """Add the texts of FILE to the index DIR, a folder: all or none, and an interruption changes nothing."""
+    quiet_libraries()
+    with friendly_errors("stopped; the index is as it was (one in Milvus has what was added so far)"):
+        records = record_file(file, columns)
+        total = records.check()
+        opened = SemanticIndex.open(address, model)
+        made: list[str] = []
+        for chunk in _chunks(records, total):
+            ids = None if columns["id_column"] is None else [record.id for record in chunk]
+            new = opened.add(_texts(chunk), ids, _metadata(chunk), show_progress_bar=False)
+            made += new[: _PAIRS_SHOWN - len(made)]
+        opened.save()
+        click.echo(f"added {total:,} texts: {len(opened):,} are in {address}")
+        say_what_was_skipped(records)
+        if columns["id_column"] is None:
+            more = f" and {total - len(made):,} more" if total > len(made) else ""
+            click.echo(f"their ids: {', '.join(made)}{more}")
+
+
+@index.command(context_settings=SETTINGS)
+@Address
+@File
+@file_options("required")
+@Model
+def update(address: str, file: Path, model: str | None, **columns: Any) -> None:
+    """Replace texts and metadata of the index DIR by those of FILE with the same ids: all or none."""
+    quiet_libraries()
+    with friendly_errors("stopped; the index is as it was (one in Milvus has what was replaced so far)"):
+        if columns["id_column"] is None:
+            raise ValueError("--id-column is missing: which texts of the index are to be replaced?")
+        records = record_file(file, columns)
+        total = records.check()
+        opened = SemanticIndex.open(address, model)
+        for chunk in _chunks(records, total):
+            ids = [record.id for record in chunk]
+            opened.update(ids, _texts(chunk), _metadata(chunk), show_progress_bar=False)
+        opened.save()
+        click.echo(f"replaced {total:,} of the {len(opened):,} texts in {address}")
+        say_what_was_skipped(records)
+
+
+@index.command(context_settings=SETTINGS)
+@Address
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@Model
+def remove(address: str, ids: tuple[str, ...], model: str | None) -> None:
+    """Remove texts from the index DIR by their ids: all or none."""
+    quiet_libraries()
+    with friendly_errors("stopped; the index is as it was"):
+        opened = SemanticIndex.open(address, model)
+        before = len(opened)
+        opened.remove(ids)
+        opened.save()
+        click.echo(f"removed {before - len(opened):,} of {before:,} texts in {address}")
+
+
+@index.command(context_settings=SETTINGS)
+@Address
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(address: str, as_json: bool) -> None:
+    """Show what the index DIR is: engine, model, counts, size, and whether its files are intact."""
+    quiet_libraries()
+    with friendly_errors():
+        found = _info(address)
+        if as_json:
+            click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+            return
+        found.pop("versions", None)
+        width = max(map(len, found))
+        for name, value in found.items():
+            if value is not None:
+                click.echo(f"{name:{width}}  {_shown(value)}")
+
+
+def _chunks(records: Iterable[TextRecord], total: int, done: int = 0) -> Iterator[list[TextRecord]]:
+    """Records from number ``done`` on, some at a time, with a progress bar."""
+    remaining = islice(records, done, None)
+    with progress_bar(total, "Encoding", "text", initial=done) as progress:
+        while chunk := list(islice(remaining, _ADDED_AT_A_TIME)):
+            yield chunk
+            progress.update(len(chunk))
+
+
+def _fill(opened: SemanticIndex, records: RecordFile, total: int) -> None:
+    """Put records into an index that keeps them at once, after those that an interrupted run has put there."""
+    done = len(opened)
+    if done:
+        last = next(islice(records, done - 1, None), None)
+        try:
+            same = last is not None and opened.get([last.id])[0].text == last.text
+        except KeyError:
+            same = False
+        if not same:
+            raise ValueError("there are other texts in that collection: add to it with st-kdmcse index add")
+    for chunk in _chunks(records, total, done):
+        opened.add(_texts(chunk), [record.id for record in chunk], _metadata(chunk), show_progress_bar=False)
+
+
+def _texts(chunk: Iterable[TextRecord]) -> list[str]:
+    return [record.text for record in chunk]
+
+
+def _metadata(chunk: Iterable[TextRecord]) -> list[dict[str, Any]]:
+    return [record.metadata for record in chunk]
+
+
+def _info(address: str) -> dict[str, Any]:
+    """What an index is, without loading its model."""
+    place = parse_address(address)
+    if isinstance(place, MilvusAddress):
+        backend: Any = open_backend(address)
+        header = backend.identity or {}
+    else:
+        backend, header = read_index(place)
+    details = {name: header[name] for name in ("tuning", "versions", "date") if name in header}
+    intact = {} if isinstance(place, MilvusAddress) else {"checksums": "ok"}
+    return {**backend.info(), "model": header.get("model"), **details, **intact}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return " + ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
