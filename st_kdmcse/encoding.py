@@ -150,7 +150,7 @@ def encode_documents(
         model: any sentence-transformers model; its prompt for documents is put before each text.
         texts: n texts, with repetitions.
         pool: processes of ``model.start_multi_process_pool`` to share the work.
-        show_progress_bar: None shows one in a terminal, after two seconds; there is none with a pool.
+        show_progress_bar: None shows one in a terminal, after two seconds; with a pool there is no bar.
 
     Returns:
         (n, dimension) float32 of length 1.
@@ -205,7 +205,7 @@ Batch = tuple[Rows, dict[str, Any]]
 def token_batches(
     model: SentenceTransformer, sentences: Sequence[str], batch_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Tokenized batches of sentences of like length, on the model's device.
+    """Tokenized batches of sentences of similar length, on the model's device.
 
     Args:
         model: any sentence-transformers model, whose default prompt is put before each sentence.
@@ -290,7 +290,7 @@ def length_batches(lengths: npt.NDArray[np.int64], budget: int) -> Iterator[npt.
 
     Args:
         lengths: (n,) tokens of each sentence.
-        budget: tokens of a batch, padding included; a longer sentence is a batch of its own.
+        budget: tokens of a batch, padding included; a longer sentence fills a batch alone.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0

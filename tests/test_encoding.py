@@ -33,7 +33,7 @@ def test_batches_hold_that_many_tokens(student, monkeypatch, sentences, batch_to
     np.testing.assert_allclose(embeddings(texts), student.encode(texts, batch_size=1), rtol=1e-4, atol=1e-5)
     ours = sizes[: -len(texts)]
     assert all(tokens <= batch_tokens or rows == 1 for tokens, rows, _ in ours)
-    # Sentences of like length are together: hardly anything is padded.
+    # Sentences of similar length are together: hardly anything is padded.
     assert batch_tokens == 10_000 or sum(tokens for tokens, _, _ in ours) < 1.1 * sum(real for _, _, real in ours) + 20
 
 

@@ -29,7 +29,7 @@ def main(models: tuple[str, ...], data_dir: str, output: Path | None, plot: Path
     """Measure alignment and uniformity of each MODEL on STS-B dev, over the whole set at once (Eq. 15, 16).
 
     A MODEL is a hub name or folder, or LABEL=PATH. The numbers are not on the scale of the paper's Table 2: MCSE's code
-    averages over batches of pairs of like length, where a batch without a positive pair counts as 0.
+    averages over batches of pairs of similar length, where a batch without a positive pair counts as 0.
     """
     quiet_libraries()
     with friendly_errors():

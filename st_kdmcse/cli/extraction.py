@@ -81,7 +81,7 @@ def extract(store: Path, shard: str | None, **options: Any) -> None:
     """Encode images and captions with a frozen teacher, and write the feature store STORE.
 
     Interrupted or killed, the same command goes on where it was. The N shards of a data set may run at the same time;
-    `st-kdmcse merge STORE` joins them. Under torchrun both happens by itself.
+    `st-kdmcse merge STORE` joins them. torchrun does both.
 
     \b
     st-kdmcse extract flickr30k-features --captions results_20130124.token --images flickr30k-images --split train.txt
@@ -102,7 +102,7 @@ def extract(store: Path, shard: str | None, **options: Any) -> None:
 def merge_command(store: Path) -> None:
     """Join the shards of an extraction into the feature store STORE."""
     quiet_libraries()
-    with friendly_errors("stopped; nothing is lost: the same command begins anew"):
+    with friendly_errors("stopped; nothing is lost: the same command starts again"):
         click.echo(str(merge(store)))
         if skipped_file(store).exists():
             click.echo(f"what was left out is listed in {skipped_file(store)}")

@@ -34,7 +34,7 @@ class SizeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 class NamesType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    """Names separated by commas; ``none`` is none."""
+    """Names separated by commas; ``none`` gives an empty list."""
 
     name = "names"
 

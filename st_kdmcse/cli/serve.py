@@ -54,7 +54,7 @@ def serve(
 ) -> None:
     """Serve a web page that searches the index DIR (a folder, or the address of a Milvus collection), until Ctrl-C.
 
-    Only this machine can open the page, unless --host says otherwise. Queries are not logged.
+    Only this machine can open the page; --host sets another address. Queries are not logged.
 
     \b
     st-kdmcse serve my-index

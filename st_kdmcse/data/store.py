@@ -209,7 +209,7 @@ class FeatureStore:
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256 over the content: the manifest's, or of the files where there is none (which reads them)."""
+        """SHA-256 over the content: the manifest's, or of the files in a store without one (which reads them)."""
         if "checksum" in self._manifest:
             return str(self._manifest["checksum"])
         digests = (sha256_file(self._path / name) for name in (IMAGES, TEXTS, self.table_name))

@@ -60,14 +60,14 @@ def alignment_uniformity(
 
     The numbers are not on the scale of the paper's Table 2. MCSE's published code, which the paper builds on, sorts the
     pairs by length, computes both in each batch, and averages over the batches: a batch without a positive pair counts
-    as an alignment of 0, and sentences are compared with those of like length only. Compare models with models that
+    as an alignment of 0, and sentences are compared with those of similar length only. Compare models with models that
     were measured here.
 
     Args:
         model: any sentence-transformers model.
         pairs: usually the development set of STS-B (:func:`~st_kdmcse.data.load_sts_benchmark`).
         label: what the model is called in tables and plots.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
         ValueError: if no pair is positive, the gold similarities or the cosines are all the

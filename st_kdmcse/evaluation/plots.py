@@ -89,7 +89,7 @@ def elided(text: str, length: int) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure; the ending of the path decides the format (.png, .svg, .pdf). Its folder is made if need be."""
+    """Write a figure; the ending of the path decides the format (.png, .svg, .pdf). Its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_STYLE["savefig.dpi"])

@@ -16,7 +16,7 @@ from st_kdmcse.encoding import Batch, encode_batches, token_batches
 class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):
     """``EmbeddingSimilarityEvaluator`` with the sentences tokenized once, for a model that is evaluated repeatedly.
 
-    Batches are of sentences of like length, so that next to nothing is padded, and stay on the model's device. Scores
+    Batches hold sentences of similar length, with little padding, and stay on the model's device. Scores
     are those of the stock evaluator up to the rounding of batches of other shapes.
 
     Args:

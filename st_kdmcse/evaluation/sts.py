@@ -81,7 +81,7 @@ def evaluate_sts(
         model: any sentence-transformers model.
         tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
         batch_tokens: tokens encoded at a time; 1,024 on a CPU, 16,384 elsewhere.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
         ValueError: if there is no task, or an embedding is not finite; names the file and the line of the sentence.
@@ -108,7 +108,7 @@ def evaluate_poolings(
         tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
         poolings: of :data:`POOLINGS`.
         batch_tokens: tokens encoded at a time.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         Results by pooling, and of the model with its own as "as saved".
@@ -174,7 +174,7 @@ class STSEvaluator(SentenceEvaluator):
         tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
         name: first part of the metrics' names.
         batch_tokens: tokens encoded at a time; 1,024 on a CPU, 16,384 elsewhere.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
         write_csv: whether to append each result to ``sts_evaluation_{name}_results.csv`` in the output folder.
 
     Raises:

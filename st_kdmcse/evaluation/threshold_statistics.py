@@ -39,7 +39,7 @@ class ThresholdEffect:
         non_pairs_at_or_above: share, from 0 to 1, of the pairs that do not belong together.
         removed_per_anchor: of the batch_size - 1 negatives of an anchor, how many leave on average; the negatives are
             taken to be of other images.
-        true_pairs_at_or_above: share, from 0 to 1, of the true pairs; None where there is none.
+        true_pairs_at_or_above: share, from 0 to 1, of the true pairs; None without true pairs.
     """
 
     threshold: float
@@ -58,8 +58,8 @@ class BranchStatistics:
             is a non-pair; a caption with itself is neither.
         true_histogram: (BINS,) numbers of true pairs by cosine, from -1 to 1.
         non_histogram: (BINS,) numbers of non-pairs.
-        true_mean: mean cosine of the true pairs; None where there is none.
-        non_mean: mean cosine of the non-pairs; None where there is none.
+        true_mean: mean cosine of the true pairs; None without true pairs.
+        non_mean: mean cosine of the non-pairs; None without non-pairs.
         proposed: the effect of the proposed threshold; None without true pairs.
         paper: the effect of :data:`PAPER_THRESHOLD`.
     """

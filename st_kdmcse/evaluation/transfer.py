@@ -34,7 +34,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unus
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
 from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct
 from st_kdmcse.files import progress_bar, write_json
-from st_kdmcse.provenance import model_identity, provenance
+from st_kdmcse.provenance import differences, model_identity, provenance
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def score_task(
         embeddings: gives the (N, dimension) embeddings of N of its sentences.
         protocol: folds and seed.
         jobs: classifiers trained at a time; all cores.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
         ValueError: if a class has fewer rows than there are folds.
@@ -384,9 +384,7 @@ def _finished(output: str | Path | None, model: Mapping[str, Any], protocol: Map
         details = dict(earlier["details"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} is not a result of transfer tasks: {remedy}") from error
-    changed = [
-        f"{key} {before.get(key)}, now {now[key]}" for key in now if key != "name" and before.get(key) != now[key]
-    ]
+    changed = differences(before, now, {"name"})
     if changed:
         raise ValueError(f"{output} holds results of another model or protocol ({'; '.join(changed)}): {remedy}")
     return details

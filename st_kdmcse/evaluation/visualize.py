@@ -98,7 +98,7 @@ def dropout_copies(
         sentences: S sentences.
         repeats: R copies of each.
         seed: of the dropout masks; the state of torch's own generators is left alone.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         (S, R, dimension) float32, of length 1.
@@ -146,7 +146,7 @@ def dropout_map(
         repeats: copies of each, at least 2.
         seed: of dropout and t-SNE.
         label: what the model is called in the plot.
-        show_progress_bar: of the encoding; None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: of the encoding; None shows one in a terminal, after two seconds.
 
     Raises:
         ValueError: if there are too few or too many sentences, one occurs twice, or an embedding is not finite.
@@ -222,7 +222,7 @@ def nearest_neighbours(
         corpus: sentences; of repeated ones, one is found.
         queries: Q sentences.
         k: how many neighbours.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         For each query its k neighbours (or as many as there are), the nearest first.

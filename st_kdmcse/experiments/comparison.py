@@ -33,7 +33,7 @@ _SETTINGS_OF_METHODS = ("method", "recipe")
 
 
 class MethodScores(NamedTuple):
-    """A method in the tables. Scores are Spearman x 100, None where there is none for every run.
+    """A method in the tables. Scores are Spearman x 100, None if a run has no such score.
 
     Attributes:
         group: the runs.
@@ -62,7 +62,7 @@ class Pair:
         first: label of a method.
         second: label of another one.
         difference: mean score of the first minus that of the second.
-        t_test: p value of the t-test over seeds; None where there is none.
+        t_test: p value of the t-test over seeds; None if no test is possible.
         t_test_holm: the same, corrected for the number of pairs.
         welch: p value of Welch's t-test, not corrected.
         low: lower end of the 95 % interval of the paired bootstrap over sentence pairs.
@@ -166,7 +166,7 @@ def compare_runs(
         replicates: resamples of the paired bootstrap over the pairs of ``tasks``; 0 does without it.
         seed: of the resamples.
         left_out: sentences about runs that are not here, for the report.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
         ValueError: if there are no runs, or without tasks no run with a score.

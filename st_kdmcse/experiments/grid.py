@@ -176,8 +176,8 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False) ->
         changes = changes_since_start(options, checksums[data])
         if changes:
             raise ValueError(
-                f"the run in {options.output_dir} was started otherwise: {'; '.join(changes)}. "
-                "Give the options of then, choose another folder for the grid, or remove that run to train it anew"
+                f"the run in {options.output_dir} was started with other options or data: {'; '.join(changes)}. "
+                "Give those again, choose another folder for the grid, or remove that run to train it again"
             )
     result = GridResult()
     done = [options for options in runs if _is_finished(options)]
@@ -220,7 +220,7 @@ def _read_source(record: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{record} is missing or damaged, so nobody knows which file {record.with_name(_FEATURES)} was converted "
-            "from: remove that folder to convert the file anew"
+            "from: remove that folder to convert the file again"
         ) from error
 
 

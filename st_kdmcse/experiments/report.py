@@ -8,13 +8,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from st_kdmcse.data.sts import STS_TASKS
-from st_kdmcse.evaluation.plots import COLORS, MARKERS, new_figure
+from st_kdmcse.evaluation.plots import new_figure
 from st_kdmcse.experiments.comparison import AVERAGE, PRESENT, SIGNIFICANCE, Comparison, Pair
 from st_kdmcse.experiments.document import (
     Block,
@@ -27,17 +26,13 @@ from st_kdmcse.experiments.document import (
     to_html,
     to_markdown,
 )
-from st_kdmcse.experiments.runs import Group, Run, differing_settings
+from st_kdmcse.experiments.figures import curves_figure, margin_figure, margin_of, measure_of, scores_figure
+from st_kdmcse.experiments.runs import Run, differing_settings
 from st_kdmcse.experiments.statistics import Summary, summarize
 from st_kdmcse.files import write_json
 from st_kdmcse.provenance import provenance
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _DASH = "–"
-_SEEDS: dict[str, Any] = {"linestyle": "", "markersize": 7, "alpha": 0.7}
-_DEV = "STS-B dev, Spearman × 100"
 
 
 def write_report(comparison: Comparison, output: str | Path, title: str = "Comparison of methods") -> str:
@@ -45,7 +40,7 @@ def write_report(comparison: Comparison, output: str | Path, title: str = "Compa
 
     Args:
         comparison: from :func:`~st_kdmcse.experiments.comparison.compare_runs`.
-        output: folder; it is made if need be.
+        output: folder; it is made.
         title: of the report.
 
     Returns:
@@ -59,12 +54,12 @@ def write_sweep_report(comparison: Comparison, output: str | Path) -> str:
 
     Args:
         comparison: of runs of one method with several margins.
-        output: folder; it is made if need be.
+        output: folder; it is made.
 
     Raises:
         ValueError: if a run has no margin, or two groups of runs have the same.
     """
-    margins = [_margin(row.group) for row in comparison.rows]
+    margins = [margin_of(row.group) for row in comparison.rows]
     if len(set(margins)) < len(margins):
         raise ValueError("two groups of runs have the same margin: a sweep differs in nothing else")
     best = max(comparison.rows, key=lambda row: row.dev["best"].mean if row.dev["best"] else -np.inf)
@@ -77,7 +72,7 @@ def write_sweep_report(comparison: Comparison, output: str | Path) -> str:
     if best.dev["best"]:
         blocks.append(
             Paragraph(
-                f"The margin with the highest mean on STS-B dev is **{_margin(best.group):g}** radians "
+                f"The margin with the highest mean on STS-B dev is **{margin_of(best.group):g}** radians "
                 f"({_cell(best.dev['best'])}). Choose a margin on STS-B dev: the score of a margin that was chosen on "
                 "the test tasks is too high."
             )
@@ -103,103 +98,6 @@ def check_output(output: str | Path) -> None:
     new_figure()
 
 
-def curves_figure(comparison: Comparison) -> Figure:
-    """STS-B dev against the step: the mean over seeds, and a band of one standard deviation on either side."""
-    labels = [fill(f"{row.group.label} ({_seeds(row.group)})", 80) for row in comparison.rows]
-    longest = max(map(len, "\n".join(labels).split("\n")))
-    columns = 3 if longest <= 22 else 2 if longest <= 36 else 1
-    figure, (axes,) = new_figure(
-        width=7.5, height=4.2 + 0.25 * (sum(1 + label.count("\n") for label in labels) // columns)
-    )
-    alpha = 0.15 if len(labels) <= 4 else 0.07
-    for number, row in enumerate(comparison.rows):
-        color, marker = _look(number)
-        curves = [dict(run.curve) for run in row.group.runs]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        if not steps:
-            continue
-        points = [summarize([curve[step] for curve in curves]) for step in steps]
-        means = np.array([point.mean for point in points])
-        spread = np.array([point.std or 0.0 for point in points])
-        every = max(1, len(steps) // 12)
-        axes.plot(steps, means, color=color, marker=marker, markersize=5, markevery=every, label=labels[number])
-        axes.fill_between(steps, means - spread, means + spread, color=color, alpha=alpha, linewidth=0)
-    if any(len(row.group.runs) > 1 for row in comparison.rows):
-        axes.fill_between([], [], [], color="#555555", alpha=0.25, linewidth=0, label="± standard deviation")
-    axes.set_xlabel("optimizer steps (0 = before training)")
-    axes.set_ylabel(_DEV)
-    axes.locator_params(axis="x", integer=True)
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
-    return figure
-
-
-def scores_figure(comparison: Comparison) -> Figure:
-    """The score of each run, and mean and standard deviation of each method."""
-    rows = [row for row in comparison.rows if row.compared]
-    labels = [fill(row.group.label, 40) for row in rows]
-    longest = max(map(len, "\n".join(labels).split("\n")))
-    lines = max(label.count("\n") + 1 for label in labels)
-    figure, (axes,) = new_figure(width=5.5 + 0.07 * longest, height=1.4 + max(0.5, 0.2 * lines) * len(rows))
-    for number, row in enumerate(rows):
-        color, marker = _look(number)
-        score = summarize(row.compared or [])
-        axes.plot(row.compared or [], np.full(score.n, number + 0.25), color=color, marker=".", **_SEEDS)
-        axes.errorbar(score.mean, number, xerr=score.std, color=color, marker=marker, markersize=7, capsize=4)
-    axes.plot([], [], color="#555555", marker=".", label="a seed", **_SEEDS)
-    axes.errorbar([], [], xerr=[], color="#555555", marker="o", capsize=4, label="mean ± standard deviation")
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"Spearman × 100, {_measure(comparison)}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def margin_figure(comparison: Comparison) -> Figure:
-    """Score against the margin: mean and standard deviation over seeds, the best marked.
-
-    Args:
-        comparison: of runs with one margin a group.
-    """
-    rows = sorted(comparison.rows, key=lambda row: _margin(row.group))
-    panels = [
-        ("STS-B dev, best checkpoint", [(_margin(row.group), row.dev["best"]) for row in rows]),
-        (_measure(comparison), [(_margin(row.group), row.best[PRESENT]) for row in rows]),
-    ]
-    figure, all_axes = new_figure(columns=2, width=5.2, height=4.2)
-    for number, (axes, (title, points)) in enumerate(zip(all_axes, panels, strict=True)):
-        known = [(margin, score) for margin, score in points if score is not None]
-        color, marker = _look(number)
-        if known:
-            margins = [margin for margin, _ in known]
-            means = [score.mean for _, score in known]
-            axes.errorbar(
-                margins,
-                means,
-                yerr=[score.std or 0.0 for _, score in known],
-                color=color,
-                marker=marker,
-                capsize=4,
-                label="mean ± standard deviation" if any(score.std for _, score in known) else "one seed",
-            )
-            best = int(np.argmax(means))
-            axes.plot(
-                margins[best],
-                means[best],
-                linestyle="",
-                marker="o",
-                markersize=15,
-                markerfacecolor="none",
-                markeredgecolor="black",
-                label=f"highest mean: {means[best]:.2f} at {margins[best]:g}",
-            )
-            axes.set_xticks(margins, [f"{margin:g}" for margin in margins], rotation=45)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
-        axes.set_title(title)
-        axes.set_xlabel("margin m in radians")
-        axes.set_ylabel("Spearman × 100")
-    return figure
-
-
 def _write(comparison: Comparison, output: str | Path, title: str, blocks: Sequence[Block]) -> str:
     output = Path(output)
     check_output(output)
@@ -215,7 +113,7 @@ def _blocks(comparison: Comparison) -> Iterator[Block]:
     yield from _notes(comparison)
     yield Heading("Scores")
     yield from _score_tables(comparison)
-    yield Plot("scores", scores_figure(comparison), f"{_measure(comparison)}: each seed, and the mean of each method")
+    yield Plot("scores", scores_figure(comparison), f"{measure_of(comparison)}: each seed, and the mean of each method")
     yield Heading("Methods compared in pairs")
     yield from _pair_blocks(comparison)
     if any(run.curve for run in comparison.runs):
@@ -277,7 +175,7 @@ def _pair_blocks(comparison: Comparison) -> Iterator[Block]:
         yield Paragraph("There is one method only, or no score to compare.")
         return
     yield Paragraph(
-        f"Compared is the {_measure(comparison)} of the best checkpoint. Two questions, each two-sided: would the "
+        f"Compared is the {measure_of(comparison)} of the best checkpoint. Two questions, each two-sided: would the "
         "difference show with other **seeds** (independent t-test; Welch's beside it does not assume equal "
         "variances), and with other **sentence pairs** (paired bootstrap: the same resampled pairs for all models, the "
         f"runs as they are). In brackets is p after Holm's correction for the {len(comparison.pairs)} pairs of "
@@ -405,7 +303,7 @@ def _json(comparison: Comparison) -> dict[str, Any]:
     ]
     return {
         "scale": "Spearman x 100",
-        "compared": _measure(comparison),
+        "compared": measure_of(comparison),
         "methods": methods,
         "pairs": pairs,
         "tasks": comparison.tasks,
@@ -420,16 +318,6 @@ def _json(comparison: Comparison) -> dict[str, Any]:
 
 def _summaries(scores: Mapping[Any, Summary | None]) -> dict[str, Any]:
     return {name: score._asdict() if score else None for name, score in scores.items()}
-
-
-def _measure(comparison: Comparison) -> str:
-    """What is compared, in words."""
-    names = list(comparison.tasks)
-    if len(names) == len(STS_TASKS):
-        return "average of the seven tasks"
-    if not names:
-        return "STS-B test score"
-    return f"mean of {', '.join(names)}" if len(names) > 1 else f"{names[0]} score"
 
 
 def _pair_row(pair: Pair) -> list[str]:
@@ -491,19 +379,3 @@ def _setting(run: Run, name: str) -> str:
 def _plain(name: str, value: Any) -> Any:
     """A setting without the place on a machine where a model was."""
     return "/".join(Path(value).parts[-2:]) if name == "model" and Path(value).is_absolute() else value
-
-
-def _margin(group: Group) -> float:
-    margin = group.runs[0].setting("margin")
-    if margin is None:
-        raise ValueError(f"{group.label} has no margin")
-    return float(margin)
-
-
-def _seeds(group: Group) -> str:
-    return f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 seed"
-
-
-def _look(number: int) -> tuple[str, str]:
-    """Colour and marker; the markers move on by one after each round of colours."""
-    return COLORS[number % len(COLORS)], MARKERS[(number + number // len(COLORS)) % len(MARKERS)]

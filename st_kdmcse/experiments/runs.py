@@ -261,7 +261,7 @@ def score_runs(
     Args:
         runs: finished runs.
         tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         Scores by run folder and checkpoint. A run that was trained without evaluation has only its last model, which

@@ -138,14 +138,14 @@ def bootstrap_scores(
 ) -> Array:
     """Scores of all models on the same resamples of the sentence pairs.
 
-    In each replicate the pairs of each task are drawn anew, with replacement and as many as the task has.
+    In each replicate the pairs of each task are drawn again, with replacement, as many as the task has.
 
     Args:
         predictions: (models, pairs) similarities of each task.
         gold: (pairs,) gold scores of each task.
         replicates: number of resamples.
         seed: of the resamples.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         (models, replicates): the mean over the tasks of Spearman's correlation x 100.

@@ -1,4 +1,4 @@
-"""The folder of an unfinished extraction: finished parts, each in a file of its own, and what they belong to."""
+"""The folder of an unfinished extraction: finished parts, each in its own file, and what they belong to."""
 
 from __future__ import annotations
 

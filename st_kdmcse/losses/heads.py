@@ -53,7 +53,7 @@ def save_heads(heads: nn.ModuleDict, path: str | Path, config: Mapping[str, obje
 
     Args:
         heads: the heads by name.
-        path: a directory, created if need be.
+        path: a directory, which is made.
         config: further entries of the JSON file, for the reader.
     """
     path = Path(path)

@@ -91,8 +91,8 @@ def open_backend(address: str | Path, dim: int | None = None, create: bool = Fal
 
     Args:
         address: as in :func:`parse_address`.
-        dim: width of the embeddings, needed where the index is made; otherwise it is compared.
-        create: make the index where there is none; that of a directory is in memory until it is saved.
+        dim: width of the embeddings, needed to make the index; compared with that of an index that exists.
+        create: make the index if there is none yet; that of a directory is in memory until it is saved.
 
     Raises:
         ValueError: for an address that cannot be read, or an index of another width.

@@ -55,11 +55,11 @@ def build_index(
 ) -> SemanticIndex:
     """Build and save an index in memory that a block of records and the index bound.
 
-    A first pass over the records counts and checks them. In the second, blocks of 4,096 are encoded, texts of like
+    A first pass over the records counts and checks them. In the second, blocks of 4,096 are encoded, texts of similar
     length together, and saved in the folder ``NAME.parts`` beside ``path``: embeddings as an array, ids, texts and
     metadata in SQLite. Killed at any moment, the same call goes on after the last finished block. Then the index is
-    trained, filled, tuned and saved at once, and the folder is removed; a kill meanwhile costs no embeddings. The disk
-    holds all embeddings as float32 until then.
+    trained, filled, tuned and saved, and the folder is removed; a kill at any time costs no embeddings. The disk holds
+    all embeddings as float32 until then.
 
     Args:
         records: gives all records, the same ones at each call.
@@ -80,7 +80,7 @@ def build_index(
 
     Raises:
         ValueError: if there is no record, one cannot be used (names it), an index is there already, what was begun
-            before belongs to other records, another model or another process, or the records changed meanwhile.
+            before belongs to other records, another model or another process, or the records changed during the build.
         ImportError: without FAISS; names the extra.
     """
     path = Path(path)
@@ -269,7 +269,7 @@ def _digest(records: Iterable[TextRecord]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a file; None if there is none, or it is damaged."""
+    """The content of a file; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

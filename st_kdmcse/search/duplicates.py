@@ -97,7 +97,7 @@ def find_duplicates(
         threshold: above 0, at most 1.
         limit: keep that many pairs, the best.
         exact_up_to: distinct texts up to which all pairs are compared.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
         ValueError: for a threshold or limit out of range, no record, or an embedding that is not finite or zero.

@@ -149,7 +149,7 @@ def build_faiss(
         factory: FAISS's name of the index type.
         recall_target: recall@10 to reach with as little search as possible, in (0, 1].
         memory_limit: bytes for the sample that the index is trained on.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         The index with the n vectors, and what was measured; None for an exact index or too few rows.

@@ -35,7 +35,7 @@ class FaissBackend:
     Whatever the index type, a search returns as many rows as there are, up to k: where the approximate search finds
     fewer (with a filter that lets few rows through, or a large k), it compares with all rows instead. A row that is
     removed or replaced leaves its vector behind, which no search returns; when these are more than the others the
-    index is filled anew without them. Calls from several threads take turns.
+    index is filled again without them. Calls from several threads take turns.
 
     On a GPU, with FAISS's wheel for it, searches without a filter compare with all vectors, if the index keeps them
     whole and they fit into the GPU's memory. Other searches, and those after a removal, run on the CPU.
@@ -91,7 +91,7 @@ class FaissBackend:
                 :func:`~st_kdmcse.search.factory.choose_factory`, and logs it.
             recall_target: see :func:`~st_kdmcse.search.factory.build_faiss`.
             memory_limit: bytes for the vectors.
-            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+            show_progress_bar: None shows one in a terminal, after two seconds.
         """
         factory = chosen_factory(len(rows), rows.embeddings.shape[1], factory, memory_limit)
         vectors = Reordered(rows.embeddings)
@@ -184,7 +184,7 @@ class FaissBackend:
         return hits
 
     def compact(self) -> bool:
-        """Fill the index anew without the vectors of rows that are gone.
+        """Fill the index again without the vectors of rows that are gone.
 
         Returns:
             Whether it could be done: vectors of some compressed types cannot be read back, and stay.
@@ -193,7 +193,7 @@ class FaissBackend:
             live = np.flatnonzero(self._live)
             if len(live) == self.index.ntotal:
                 return True
-            logger.info("filling the index anew, without %s rows that are gone", f"{self.index.ntotal - len(live):,}")
+            logger.info("filling the index again without %s rows that are gone", f"{self.index.ntotal - len(live):,}")
             ivf = load_faiss().try_extract_index_ivf(self.index)
             try:
                 if ivf is not None:
@@ -250,7 +250,7 @@ class FaissBackend:
             self._filters.clear()
         if is_exact(self.factory) and before < EXACT_ROWS <= after:
             logger.info(
-                "the index compares queries with all of %s rows: with so many, one that is built anew is faster",
+                "the index compares queries with all of %s rows: an index that is built again for so many is faster",
                 f"{after:,}",
             )
 

@@ -30,7 +30,8 @@ def parse_filter(conditions: Iterable[str]) -> Filter | None:
         A filter that every engine takes; None without conditions.
 
     Raises:
-        ValueError: if one is none, two contradict each other, or no row can have such a value; names the condition.
+        ValueError: if one is no condition, two contradict each other, or no row can have such a value;
+            names the condition.
     """
     where: dict[str, Any] = {}
     for condition in conditions:

@@ -70,7 +70,7 @@ class GpuSearch:
 
 
 def _whole_vectors(index: Any) -> Any:
-    """The part of an index with the vectors as they are; None if there is none."""
+    """The part of an index with the whole vectors, or None."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):

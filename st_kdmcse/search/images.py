@@ -53,7 +53,7 @@ def index_images(
         factory: FAISS's name of an index type; None chooses one.
         recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
         memory_limit: bytes for the vectors.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
         FileNotFoundError: if there are no heads, or a file of an image is not in ``images``; says how many.

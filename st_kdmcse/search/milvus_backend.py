@@ -48,7 +48,7 @@ class MilvusBackend:
         uri: file of milvus-lite, ending in .db, or the URI of a server, such as "http://localhost:19530".
         collection: its name: letters, digits and _, at most 255, no digit first.
         dim: width of the embeddings, needed to make a collection.
-        create: make the collection, and the folders of the file, where there is none.
+        create: make the collection, and the folders of the file, if there is none yet.
         token: of a server: a key, or "user:password".
 
     Raises:
@@ -136,7 +136,7 @@ class MilvusBackend:
     def replace(self, rows: NewRows) -> None:
         """Store rows in the place of those with the same ids.
 
-        A server that fails meanwhile leaves the rows of some messages, of 16 MiB each, replaced: repeat the call.
+        A server that fails during the call leaves the rows of some messages, of 16 MiB each, replaced: repeat the call.
 
         Args:
             rows: n rows of this width.
@@ -280,7 +280,7 @@ class MilvusBackend:
         return batches if batches[0] else []
 
     def _upsert(self, batches: list[list[dict[str, Any]]]) -> None:
-        for batch in batches:  # not insert, which would store an id twice that another process adds meanwhile
+        for batch in batches:  # not insert, which would store an id twice if another process adds it in the same moment
             with self._errors():
                 self._client.upsert(self._collection, batch)
                 self._flush(len(batch))
@@ -291,7 +291,7 @@ class MilvusBackend:
                 self._client.delete(self._collection, filter=wanted)
 
     def _flush(self, rows: int) -> None:
-        """Have milvus-lite index its rows, now and then; a server knows by itself when to."""
+        """Have milvus-lite index its rows, now and then; a server decides that alone."""
         self._unflushed += rows
         if self._file is not None and self._unflushed >= _UNFLUSHED_ROWS:
             self._client.flush(self._collection)

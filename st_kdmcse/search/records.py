@@ -61,7 +61,7 @@ class TextRecord:
 
 
 class RecordFile:
-    """The records of a file, read anew by each iteration, in memory that does not grow with the file.
+    """The records of a file, read again by each iteration, in memory that does not grow with the file.
 
     ===================== ================================================== ==========================
     name                  content                                            id without an id column
@@ -228,7 +228,7 @@ class RecordFile:
         if self._format in ("csv", "tsv"):
             return {name: read(row.values[name]) if row.values[name] else None for name, read in self._readers.items()}
         found = {name: row.values[name] for name in self._metadata if name in row.values}
-        if self._format == "json" and self._wanted is None:  # each line may have names of its own
+        if self._format == "json" and self._wanted is None:  # each line may have other names
             used = (self.text_column, self._id_column, "")
             found = {name: value for name, value in row.values.items() if name not in used and _plain(value)}
         for name, value in found.items():
@@ -388,7 +388,7 @@ def _fields(path: Path, file_format: str, on_bytes: OnBytes) -> Iterator[tuple[i
             if text.strip():
                 yield number, text.rstrip("\r\n").split("\t")
         return
-    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # 131,072 otherwise
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # the default is 131,072
     reader = csv.reader(lines, strict=True)
     line = 1
     try:

@@ -28,7 +28,7 @@ def output_file(path: str | Path, source: str | Path | None = None) -> Path:
         source: the file that the results are made from.
 
     Raises:
-        ValueError: if the suffix is none of :data:`OUTPUT_SUFFIXES`, or it is a folder, or the source itself.
+        ValueError: if the suffix is not one of :data:`OUTPUT_SUFFIXES`, or it is a folder, or the source itself.
     """
     path = Path(path)
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
@@ -44,7 +44,7 @@ def write_rows(path: str | Path, schema: pa.Schema, rows: Iterable[Mapping[str, 
     """Write a table of results a row at a time; whole or not at all.
 
     Args:
-        path: ``.csv``, ``.jsonl`` or ``.parquet``; its folder is made if need be.
+        path: ``.csv``, ``.jsonl`` or ``.parquet``; its folder is made.
         schema: names and types of the columns.
         rows: a value for each column.
 

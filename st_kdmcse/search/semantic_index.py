@@ -175,7 +175,7 @@ class SemanticIndex:
             factory: FAISS's name of an index type.
             recall_target: recall@10 to reach.
             memory_limit: bytes for the vectors.
-            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+            show_progress_bar: None shows one in a terminal, after two seconds.
 
         Raises:
             ValueError: as :meth:`build`; also for embeddings that are zero, not finite or of another width.
@@ -212,7 +212,7 @@ class SemanticIndex:
             address: the folder of a saved index, or a collection of Milvus, see
                 :func:`~st_kdmcse.search.address.parse_address`.
             model: as in :meth:`load`; needed where the index is made.
-            create: make an empty index where there is none.
+            create: make an empty index if there is none yet.
 
         Raises:
             FileNotFoundError: if there is no index and ``create`` is False.
@@ -275,7 +275,7 @@ class SemanticIndex:
             texts: n texts.
             ids: n new ids; None makes some.
             metadata: n mappings.
-            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+            show_progress_bar: None shows one in a terminal, after two seconds.
 
         Returns:
             The n ids.
@@ -303,7 +303,7 @@ class SemanticIndex:
             ids: n ids.
             texts: n texts.
             metadata: n mappings; None leaves none.
-            show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+            show_progress_bar: None shows one in a terminal, after two seconds.
 
         Raises:
             UnknownIdError: (a ValueError and a KeyError) if an id is not there.
@@ -345,7 +345,7 @@ class SemanticIndex:
             path: folder; None is where it was loaded from, or saved to before. Another index is not overwritten.
 
         Returns:
-            The folder; None for an engine that keeps everything by itself, where there is nothing to do.
+            The folder; None for an engine that saves every change, where there is nothing to do.
 
         Raises:
             ValueError: if there is no path, another index at ``path``, or another process has changed this one since.
@@ -387,7 +387,7 @@ class SemanticIndex:
         if "images" in self._header:
             raise ValueError(
                 "this is an index of images, which texts cannot be put into: extract features of the new images, and "
-                "index the feature store anew"
+                "index the feature store again"
             )
 
     @classmethod
@@ -482,7 +482,7 @@ def _check_model(model: SentenceTransformer, header: Mapping[str, Any], place: s
     """Refuse a model that is not the one of an index."""
     expected, probe = header["model"], header["probe"]
     made_by = f"the index {place} was made with the model {expected['name'] or 'of no name'}"
-    remedy = "give that model, or build the index anew with this one"
+    remedy = "give that model, or build the index again with this one"
     found = model_identity(model, _name(model))
     if found["dimension"] != expected["dimension"]:
         raise ValueError(

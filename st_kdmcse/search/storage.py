@@ -63,13 +63,13 @@ def write_index(
         path: the folder of the index.
         backend: rows and vectors.
         header: of the model, see :func:`read_index`.
-        expected: checksum of the manifest that is there; None if there is none.
+        expected: checksum of the manifest that is there, or None.
 
     Returns:
         The checksum of the manifest.
 
     Raises:
-        ValueError: if another process is writing, or has changed the index meanwhile.
+        ValueError: if another process is writing, or has changed the index since then.
     """
     with locked(path):
         if expected is None:
@@ -130,7 +130,7 @@ def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[Faiss
 
     Args:
         path: the folder of the index.
-        show_progress_bar: None shows one in a terminal, once it has taken two seconds.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         Rows and vectors, and the manifest, with what :func:`write_index` was given as ``header``.

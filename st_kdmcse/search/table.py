@@ -50,7 +50,7 @@ class RowTable:
 
     @classmethod
     def create(cls, path: Path) -> RowTable:
-        """The table in a file, made if there is none; every transaction is on disk when it ends."""
+        """The table in a file, made if it is missing; every transaction is on disk when it ends."""
         return cls(_connect(path.resolve().as_uri()))
 
     @classmethod

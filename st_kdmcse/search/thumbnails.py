@@ -37,7 +37,7 @@ class Gallery:
         """The image file of a row.
 
         Raises:
-            FileNotFoundError: if there is none in the folder.
+            FileNotFoundError: if the folder holds no such file.
         """
         name = hit.metadata.get(self._column)
         try:

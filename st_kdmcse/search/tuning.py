@@ -121,7 +121,7 @@ def effort_name(index: Any) -> str | None:
 
 
 def get_effort(index: Any) -> int:
-    """Its value; 1 where there is none."""
+    """Its value; 1 for an index without one."""
     inner, name = searching(index), effort_name(index)
     return 1 if name is None else int(inner.nprobe if name == "nprobe" else inner.hnsw.efSearch)
 

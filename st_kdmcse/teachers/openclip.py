@@ -26,9 +26,9 @@ class OpenCLIPTeacher(ModelTeacher):
             the path of a model configuration, a .json file with embed_dim, vision_cfg and text_cfg.
         pretrained: tag of the weights that open_clip downloads (``openai``) or path of a checkpoint; None leaves the
             weights random. Not used with ``hf-hub:`` and ``local-dir:``, which bring their own weights. A checkpoint of
-            OpenAI's own weights needs a model such as ``ViT-B-32-quickgelu``; the tag sees to that by itself. Images
+            OpenAI's own weights needs a model such as ``ViT-B-32-quickgelu``; the tag switches it on. Images
             are prepared for a checkpoint as for the model's tags if these agree (SigLIP), else as for OpenAI's CLIP; a
-            ``local-dir:`` folder can say otherwise, in its open_clip_config.json.
+            ``local-dir:`` folder can set another one, in its open_clip_config.json.
         device: torch device; by default CUDA where there is a CUDA device, else the CPU.
         batch_size: images or texts in one forward pass.
         precision: of the forward pass; "auto" is float32 on a CPU, and bfloat16 or float16 on a GPU.

@@ -128,7 +128,7 @@ def check_examples(
         if not isinstance(example, MultimodalInputExample):
             raise ValueError(
                 f"example {position} is a {type(example).__name__} in a loader of MultimodalInputExample: "
-                "plain text belongs into a loader of its own"
+                "give plain text in another loader"
             )
         problem = example.problem()
         if problem is None and (example.row is not None) != by_row:

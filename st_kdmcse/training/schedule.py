@@ -44,9 +44,9 @@ def pair_interval(sentences: int, pairs: int, every: int | None = None) -> int:
 class StepRatioBatchSampler(MultiDatasetDefaultBatchSampler):
     """Batches of one or two sources, of which the second supplies every p-th step.
 
-    An epoch ends when each source has been passed over at least once; the one that runs out earlier is shuffled anew
+    An epoch ends when each source has been passed over at least once; the one that runs out earlier is shuffled again
     and goes on. Incomplete batches are left out: a contrastive loss over fewer negatives is another loss, and processes
-    must agree on the shape. (A source smaller than a batch gives batches of its own size.) The order is a function of
+    must agree on the shape. (A source smaller than a batch gives batches of its size.) The order is a function of
     seed and epoch alone.
 
     Args:
@@ -118,7 +118,7 @@ class StepRatioBatchSampler(MultiDatasetDefaultBatchSampler):
         return source or 0
 
     def _stream(self, source: int) -> Iterator[list[int]]:
-        """Batches of a source without end, shuffled anew at each pass."""
+        """Batches of a source without end, shuffled again at each pass."""
         seed = np.random.SeedSequence([self.seed, self.epoch, source]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
         start = sum(self.sizes[:source])

@@ -58,7 +58,7 @@ class TokenBatches(torch.utils.data.Dataset[dict[str, Any]]):
         if type(collator) is not KDMCSEDataCollator or collator.preprocess_fn != model.preprocess:
             raise ValueError("the collator is not the usual one")
         if collator.max_length or collator.prompts or collator.router_mapping:
-            raise ValueError("the collator has prompts, routes or lengths of its own")
+            raise ValueError("the collator has its own prompts, routes or lengths")
         sources = [_source(each, model, collator, cache_dir, show_progress_bar) for each in datasets]
         return cls([replace(source, multiple_of=multiple_of) for source in sources])
 
@@ -135,7 +135,7 @@ def _source(
     for name, value in made.items():
         same = torch.equal(value, wanted[name]) if isinstance(value, Tensor) else value == wanted[name]
         if not same:
-            raise ValueError(f"{name} is made otherwise")
+            raise ValueError(f"{name} differs from that of the collator")
     return source
 
 

@@ -92,7 +92,9 @@ def test_a_finished_grid_is_not_repeated(finished, data, tiny_bert, caplog):
 
 def test_other_options_or_data_are_refused_before_anything_is_trained(finished, data, tiny_bert, tmp_path):
     changed = method_grid(finished, ["mcse"], [7, 0], **options(data, tiny_bert, max_steps=6))
-    with pytest.raises(ValueError, match=r"mcse/seed-0 was started otherwise: .*config was .*max_steps was 4, is 6"):
+    with pytest.raises(
+        ValueError, match=r"mcse/seed-0 was started with other options or data: .*config was .*max_steps was 4, is 6"
+    ):
         run_grid(changed)
     assert not (finished / "mcse/seed-7").exists()
     (tmp_path / "text.txt").write_text("a dog runs\na man sits\n" * 20)

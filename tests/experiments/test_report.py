@@ -15,14 +15,8 @@ from small_runs import write_summary
 
 from st_kdmcse.experiments.comparison import PRESENT, compare_runs
 from st_kdmcse.experiments.document import Bullets, DataTable, Heading, Paragraph, to_html, to_markdown
-from st_kdmcse.experiments.report import (
-    check_output,
-    curves_figure,
-    margin_figure,
-    scores_figure,
-    write_report,
-    write_sweep_report,
-)
+from st_kdmcse.experiments.figures import curves_figure, margin_figure, scores_figure
+from st_kdmcse.experiments.report import check_output, write_report, write_sweep_report
 from st_kdmcse.experiments.runs import find_runs, group_runs, read_run
 
 

@@ -31,7 +31,7 @@ def test_batches_of_each_source_are_the_collators(student, datasets, tmp_path):
 
 @pytest.mark.parametrize("options", [{"max_length": 4}, {"prompts": {"sentence": "query: "}}])
 def test_a_collator_with_options_is_left_alone(student, datasets, tmp_path, options):
-    with pytest.raises(ValueError, match="of its own"):
+    with pytest.raises(ValueError, match="its own prompts, routes or lengths"):
         TokenBatches.of(datasets, student, collator(student, **options), tmp_path)
 
 

@@ -125,8 +125,8 @@ class ReaderSummary:
 class ImageCaptionReader(ABC):
     """An iterable of :class:`CaptionedImage`, read from the files as their publisher ships them.
 
-    Each iteration reads anew. A bad row never shifts others: a record is made from one row, or from the rows that name
-    its image.
+    Each iteration reads the files again. A bad row never shifts others: a record is made from one row, or from the
+    rows that name its image.
 
     Args:
         captions_per_image: draw at most this many captions of each image, without replacement (1 is the setting of

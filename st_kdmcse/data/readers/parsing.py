@@ -23,7 +23,7 @@ def existing_file(path: str | Path) -> Path:
     """The path, if there is a file.
 
     Raises:
-        FileNotFoundError: if there is none, or a folder.
+        FileNotFoundError: if there is no such file, or it is a folder.
     """
     path = Path(path)
     if not path.is_file():

@@ -33,7 +33,7 @@ class CaptionTable(ImageCaptionReader):
     captions. Text files may go without a header: then they have two columns, image and caption. The image id is the
     path as it is in the table, and rows of one image that follow one another are one record. In a parquet file the
     caption may be a list of texts, and the image may be encoded bytes or a struct of bytes and path; then each row is
-    an image of its own, with the id ``FILE#ROW``.
+    a separate image, with the id ``FILE#ROW``.
 
     Args:
         path: the table.
@@ -149,7 +149,7 @@ class CaptionTable(ImageCaptionReader):
         try:
             source, texts = image.as_py(), captions.as_py()
         except UnicodeDecodeError as error:
-            message = f"not UTF-8 ({error.reason} at byte {error.start}): write the row anew, or leave it out"
+            message = f"not UTF-8 ({error.reason} at byte {error.start}): write the row again, or leave it out"
             self.problems.add("encoding", where, message)
             return None
         if texts == []:

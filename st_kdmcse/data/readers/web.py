@@ -30,12 +30,12 @@ class WebDataset(ImageCaptionReader):
     Args:
         shards: a tar; several; a folder of them; or a pattern such as ``cc12m/{00000..00331}.tar`` or
             ``cc12m/*.tar``.
-        caption_key: "auto" takes the ``.txt``, or "caption" of the ``.json`` where there is none; any other name is a
-            key of the ``.json``. Its value is a text, or a list of them.
+        caption_key: "auto" takes the ``.txt``, or "caption" of the ``.json`` where there is no ``.txt``; any
+            other name is a key of the ``.json``. Its value is a text, or a list of them.
         options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
 
     Raises:
-        FileNotFoundError: if a shard is missing, or there is none in the folder.
+        FileNotFoundError: if a shard is missing, or the folder holds no shard.
         ValueError: if a shard is given twice, or an option is out of range.
     """
 
@@ -211,7 +211,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The plain files of a tar, in its order.
 
     Raises:
-        tarfile.TarError: after the last whole file, if the tar is cut off or damaged, or at once if it is none.
+        tarfile.TarError: after the last whole file, if the tar is cut off or damaged, or at the start if it is no tar.
     """
     size = os.fstat(file.fileno()).st_size
     with tarfile.open(fileobj=file, mode="r:") as tar:
