@@ -130,9 +130,7 @@ def test_matryoshka_leaves_its_decorator_on_cached_losses(student):
     loss = CachedMultipleNegativesRankingLoss(student)
     MatryoshkaLoss(student, loss, [32, 8])
     found = vars(loss).get("calculate_loss")
-    assert isinstance(found, upstream.CachedLossDecorator), (
-        f"{MEND}MatryoshkaLoss decorates cached losses in another way"
-    )
+    assert isinstance(found, upstream.CachedLossDecorator), f"{MEND}MatryoshkaLoss decorates in another way"
     assert list(found.matryoshka_dims) == [32, 8]
     assert len(found.matryoshka_weights) == 2
     assert found.n_dims_per_step == -1

@@ -1,4 +1,7 @@
-"""Teacher features of images and captions on disk: written once, memory-mapped, gathered by row."""
+"""Teacher features of images and captions on disk: written once, memory-mapped, gathered by row.
+
+One module, because it is one class: what a store gives, and how it checks itself.
+"""
 
 from __future__ import annotations
 

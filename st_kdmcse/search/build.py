@@ -25,8 +25,9 @@ from st_kdmcse.provenance import claim, parameters_checksum
 from st_kdmcse.search.base import Matrix, NewRows
 from st_kdmcse.search.factory import Reordered, build_faiss, held_out_swaps
 from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
+from st_kdmcse.search.model_check import model_header
 from st_kdmcse.search.records import TextRecord
-from st_kdmcse.search.semantic_index import SemanticIndex, model_header
+from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import check_free, is_index, write_index
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import check_recall_target

@@ -17,7 +17,8 @@ from st_kdmcse.files import progress_bar
 from st_kdmcse.losses.heads import ProjectionHead, load_head
 from st_kdmcse.search.base import Matrix, NewRows
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.semantic_index import OWN_MODEL, SemanticIndex
+from st_kdmcse.search.model_check import OWN_MODEL
+from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import check_free
 from st_kdmcse.search.tuning import check_recall_target
 

@@ -1,4 +1,7 @@
-"""Rows in Milvus: milvus-lite, a folder on this machine, or a server with as many machines as it takes."""
+"""Rows in Milvus: milvus-lite, a folder on this machine, or a server of many machines.
+
+One module, because all of it is one backend: the same operations as the FAISS backend, in the words of one client.
+"""
 
 from __future__ import annotations
 

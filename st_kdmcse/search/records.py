@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, time
-from decimal import Decimal
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.data.sentences import named_errors, read_lines
-from st_kdmcse.files import byte_progress, is_parquet, sha256_file
+from st_kdmcse.data.sentences import named_errors
+from st_kdmcse.files import byte_progress, sha256_file
 from st_kdmcse.search.base import MAX_ID_LENGTH
+from st_kdmcse.search.table_formats import (
+    ColumnKind,
+    OnBytes,
+    Row,
+    columns_of,
+    file_format,
+    is_plain,
+    listed,
+    rows_of,
+    shown,
+)
 
 OnEmpty = Literal["skip", "raise"]
-OnBytes = Callable[[int], object]
-_Kind = Literal["text", "plain", "other"]
 
 
 _TEXT_COLUMNS = ("text", "sentence", "caption")
-_JSON_ROWS_FOR_COLUMNS = 100
-_FIELD_CHARACTERS = 1 << 24
-_PARQUET_ROWS = 1 << 12
-_BUFFER_BYTES = 1 << 20
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?")
@@ -120,13 +120,13 @@ class RecordFile:
         self._on_empty = on_empty
         self._id_column = id_column
         self._wanted = None if metadata is None else tuple(metadata)
-        self._format = _file_format(self.path)
+        self._format = file_format(self.path)
         self._unit = "row" if self._format == "parquet" else "line"
         self._metadata: tuple[str, ...] = ()
         if self._format == "text":
             self.text_column = self._without_columns(text_column)
         else:
-            columns = _columns(self.path, self._format)
+            columns = columns_of(self.path, self._format)
             self.text_column = self._choose_text(columns, text_column)
             self._metadata = self._choose_metadata(columns)
 
@@ -191,14 +191,14 @@ class RecordFile:
             raise ValueError(f"{self.path} has no text: it is empty, or all its {self._unit}s are")
         self.skipped, self.first_skipped = skipped, first_skipped
 
-    def _where(self, row: _Row) -> str:
+    def _where(self, row: Row) -> str:
         return f"{self.path}, {self._unit} {row.place}"
 
-    def _text(self, row: _Row) -> str:
+    def _text(self, row: Row) -> str:
         value = row.values.get(self.text_column)
         if not isinstance(value, str | None):
             raise ValueError(
-                f"{self._where(row)}: {self.text_column!r} is {_shown(value)}, no text: correct it, or choose another "
+                f"{self._where(row)}: {self.text_column!r} is {shown(value)}, no text: correct it, or choose another "
                 "text column"
             )
         text = (value or "").strip()
@@ -206,35 +206,35 @@ class RecordFile:
             raise ValueError(f"{self._where(row)}: there is no text: fill it in, or skip such rows")
         return text
 
-    def _id(self, row: _Row) -> str:
+    def _id(self, row: Row) -> str:
         value = row.values.get(str(self._id_column))
         if isinstance(value, float) and value.is_integer():  # whole numbers of a column with gaps, in pandas
             value = int(value)
         if not isinstance(value, str | int) or isinstance(value, bool) or not 0 < len(str(value)) <= MAX_ID_LENGTH:
             raise ValueError(
-                f"{self._where(row)}: the id {_shown(value)} in {self._id_column!r} is neither a text of 1 to "
+                f"{self._where(row)}: the id {shown(value)} in {self._id_column!r} is neither a text of 1 to "
                 f"{MAX_ID_LENGTH} characters nor a whole number: correct it, or choose another id column"
             )
         return str(value)
 
-    def _duplicate(self, key: str, row: _Row) -> ValueError:
+    def _duplicate(self, key: str, row: Row) -> ValueError:
         first = next((each for each in self._rows() if self._text(each) and self._id(each) == key), row)
         return ValueError(
             f"{self._where(row)}: the id {key!r} is that of {self._unit} {first.place} too: give each row its own, or "
             "choose another id column"
         )
 
-    def _plain_metadata(self, row: _Row) -> dict[str, Any]:
+    def _plain_metadata(self, row: Row) -> dict[str, Any]:
         if self._format in ("csv", "tsv"):
             return {name: read(row.values[name]) if row.values[name] else None for name, read in self._readers.items()}
         found = {name: row.values[name] for name in self._metadata if name in row.values}
         if self._format == "json" and self._wanted is None:  # each line may have other names
             used = (self.text_column, self._id_column, "")
-            found = {name: value for name, value in row.values.items() if name not in used and _plain(value)}
+            found = {name: value for name, value in row.values.items() if name not in used and is_plain(value)}
         for name, value in found.items():
-            if not _plain(value) or (isinstance(value, float) and math.isinf(value)):
+            if not is_plain(value) or (isinstance(value, float) and math.isinf(value)):
                 raise ValueError(
-                    f"{self._where(row)}: {name!r} is {_shown(value)}, no text, number or truth value: leave it out of "
+                    f"{self._where(row)}: {name!r} is {shown(value)}, no text, number or truth value: leave it out of "
                     "the metadata"
                 )
             if isinstance(value, float) and math.isnan(value):  # a missing value, in pandas
@@ -253,9 +253,9 @@ class RecordFile:
                             kinds[name] = tuple(kind for kind in left if kind[0].fullmatch(value))
         return {name: left[0][1] if left else str for name, left in kinds.items()}
 
-    def _rows(self, on_bytes: OnBytes = lambda _: None) -> Iterator[_Row]:
+    def _rows(self, on_bytes: OnBytes = lambda _: None) -> Iterator[Row]:
         names = {self.text_column, *self._metadata, *([self._id_column] if self._id_column is not None else [])}
-        return _rows(self.path, self._format, sorted(names), on_bytes)
+        return rows_of(self.path, self._format, sorted(names), on_bytes)
 
     def _without_columns(self, text_column: str | None) -> str:
         given = {"text column": text_column, "id column": self._id_column, "metadata": self._wanted or None}
@@ -267,7 +267,7 @@ class RecordFile:
             )
         return "text"
 
-    def _choose_text(self, columns: Mapping[str, _Kind], wanted: str | None) -> str:
+    def _choose_text(self, columns: Mapping[str, ColumnKind], wanted: str | None) -> str:
         texts = [name for name, kind in columns.items() if kind == "text"]
         if wanted is None:
             common = [name for known in _TEXT_COLUMNS for name in texts if name.lower() == known]
@@ -275,187 +275,26 @@ class RecordFile:
             if not common and len(others) != 1:
                 raise ValueError(
                     f"{self.path}: which column holds the texts is not clear; choose a text column of "
-                    f"{_listed(texts or columns)}"
+                    f"{listed(texts or columns)}"
                 )
             wanted = (common or others)[0]
         if wanted not in columns:
-            raise ValueError(f"{self.path}: no column {wanted!r}; choose a text column of {_listed(texts or columns)}")
+            raise ValueError(f"{self.path}: no column {wanted!r}; choose a text column of {listed(texts or columns)}")
         if columns[wanted] != "text":
-            raise ValueError(f"{self.path}: {wanted!r} holds no texts; choose a text column of {_listed(texts)}")
+            raise ValueError(f"{self.path}: {wanted!r} holds no texts; choose a text column of {listed(texts)}")
         if self._id_column is not None and self._id_column not in columns:
-            raise ValueError(f"{self.path}: no column {self._id_column!r}; choose an id column of {_listed(columns)}")
+            raise ValueError(f"{self.path}: no column {self._id_column!r}; choose an id column of {listed(columns)}")
         return wanted
 
-    def _choose_metadata(self, columns: Mapping[str, _Kind]) -> tuple[str, ...]:
+    def _choose_metadata(self, columns: Mapping[str, ColumnKind]) -> tuple[str, ...]:
         if self._wanted is None:
             used = (self.text_column, self._id_column, "")
             return tuple(name for name, kind in columns.items() if kind != "other" and name not in used)
         for name in self._wanted:
             if name not in columns:
-                raise ValueError(f"{self.path}: no column {name!r} for the metadata; choose of {_listed(columns)}")
+                raise ValueError(f"{self.path}: no column {name!r} for the metadata; choose of {listed(columns)}")
             if columns[name] == "other":
                 raise ValueError(
                     f"{self.path}: {name!r} holds no texts, numbers or truth values: leave it out of the metadata"
                 )
         return self._wanted
-
-
-class _Row(NamedTuple):
-    place: int  # for messages: the line, or the row of a parquet file
-    number: int  # the id, where no column holds one
-    values: Mapping[str, Any]
-
-
-def _file_format(path: Path) -> str:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}: give a file of texts (.txt, .csv, .tsv, .jsonl, .parquet)")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty: give a file with a text a line, or a table")
-    if is_parquet(path):
-        return "parquet"
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix == ".json":
-        raise ValueError(f"{path}: write it as JSON lines, one object a line, and name it .jsonl")
-    return {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json"}.get(suffix, "text")
-
-
-def _columns(path: Path, file_format: str) -> dict[str, _Kind]:
-    """The columns of a table and what they hold; of JSON lines, those of the first 100."""
-    if file_format == "parquet":
-        with named_errors(path):
-            return {each.name: _parquet_kind(each.type) for each in pq.read_schema(path)}
-    if file_format == "json":
-        columns: dict[str, _Kind] = {}
-        for row in islice(_json_rows(path, lambda _: None), _JSON_ROWS_FOR_COLUMNS):
-            for name, value in row.values.items():
-                if columns.get(name, "plain") == "plain":
-                    columns[name] = "text" if isinstance(value, str) else "plain" if _plain(value) else "other"
-        return columns
-    line, header = next(_fields(path, file_format, lambda _: None), (1, []))
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path}, line {line}: the header has {twice!r} twice: give each column its own name")
-    return dict.fromkeys(header, "text")
-
-
-def _rows(path: Path, file_format: str, names: list[str], on_bytes: OnBytes) -> Iterator[_Row]:
-    """The rows; those of a parquet file with the named columns, others with all."""
-    if file_format == "parquet":
-        return _parquet_rows(path, names, on_bytes)
-    if file_format == "json":
-        return _json_rows(path, on_bytes)
-    if file_format == "text":
-        return (_Row(line, line, {"text": text}) for line, text in enumerate(read_lines(path, on_bytes), start=1))
-    return _table_rows(path, file_format, on_bytes)
-
-
-def _json_rows(path: Path, on_bytes: OnBytes) -> Iterator[_Row]:
-    for number, line in enumerate(read_lines(path, on_bytes), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            if "\\u" in line:
-                json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeError as error:
-            raise ValueError(f"{path}, line {number}: half of a surrogate pair ({error}): correct it") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: no valid JSON ({error}): write one object a line") from error
-        if not isinstance(values, dict):
-            raise ValueError(f'{path}, line {number}: {_shown(values)} is no JSON object: write {{"text": ...}}')
-        yield _Row(number, number, values)
-
-
-def _table_rows(path: Path, file_format: str, on_bytes: OnBytes) -> Iterator[_Row]:
-    fields = _fields(path, file_format, on_bytes)
-    _, header = next(fields)
-    for number, (line, values) in enumerate(fields):
-        if len(values) != len(header):
-            separator, remedy = ("tabs", "") if file_format == "tsv" else ("commas", "put texts in quotes, ")
-            raise ValueError(
-                f"{path}, line {line}: {len(values)} columns separated by {separator}, expected {len(header)} as in "
-                f"the header: {remedy}correct the row, or leave it out"
-            )
-        yield _Row(line, number, dict(zip(header, values, strict=True)))
-
-
-def _fields(path: Path, file_format: str, on_bytes: OnBytes) -> Iterator[tuple[int, list[str]]]:
-    """First line and fields of each row that is not blank; the first one is the header."""
-    lines = read_lines(path, on_bytes)
-    if file_format == "tsv":
-        for number, text in enumerate(lines, start=1):
-            if text.strip():
-                yield number, text.rstrip("\r\n").split("\t")
-        return
-    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # the default is 131,072
-    reader = csv.reader(lines, strict=True)
-    line = 1
-    try:
-        for values in reader:
-            if values:
-                yield line, values
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f'{path}, line {line}: {error}: a quote (") is opened there and not closed, or goes on after its end; '
-            "double the quotes inside of a text"
-        ) from error
-
-
-def _parquet_rows(path: Path, names: list[str], on_bytes: OnBytes) -> Iterator[_Row]:
-    # With a buffer, and not ahead of time: else a whole row group is in memory.
-    with named_errors(path), pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-        size, rows, number, reported = path.stat().st_size, file.metadata.num_rows, 0, 0
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=names):
-            columns = [_values(path, batch.column(name), name, number) for name in names]
-            for values in zip(*columns, strict=True):
-                yield _Row(number, number, dict(zip(names, values, strict=True)))
-                number += 1
-            on_bytes(size * number // rows - reported)
-            reported = size * number // rows
-
-
-def _values(path: Path, column: pa.Array, name: str, start: int) -> Iterable[Any]:
-    """The values of a column; dates and decimals as plain values."""
-    values: list[Any] = []
-    for row, value in enumerate(column, start=start):
-        try:
-            values.append(value.as_py())
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, row {row}, column {name!r}: not UTF-8 ({error.reason}): write it again"
-            ) from error
-    return (
-        map(_from_parquet, values) if pa.types.is_temporal(column.type) or pa.types.is_decimal(column.type) else values
-    )
-
-
-def _parquet_kind(kind: pa.DataType) -> _Kind:
-    types = pa.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "text"
-    plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal, types.is_null)
-    date_or_time = (types.is_date, types.is_timestamp, types.is_time)
-    return "plain" if any(test(kind) for test in (*plain, *date_or_time)) else "other"
-
-
-def _from_parquet(value: Any) -> Any:
-    if isinstance(value, date | datetime | time):
-        return value.isoformat()
-    return float(value) if isinstance(value, Decimal) else value
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | None)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
