@@ -2,15 +2,12 @@
 
 import json
 import logging
-import os
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from file_events import at_path, interrupt
 from helpers import copy_tree, load_command
 from small_runs import flags, options, write_data
 
@@ -197,34 +194,14 @@ def test_what_spoils_the_report_is_found_before_training(data, tiny_bert, tmp_pa
     assert not (tmp_path / "root").exists()
 
 
-@pytest.fixture
-def interrupt_at():
-    """Send Ctrl-C to this process once a file is there."""
-    threads = []
-
-    def start(path):
-        def wait():
-            deadline = time.monotonic() + 60
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.005)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        threads.append(threading.Thread(target=wait))
-        threads[-1].start()
-
-    yield start
-    for thread in threads:
-        thread.join()
-
-
-def test_ctrl_c_and_the_same_command_again(data, tiny_bert, tmp_path, interrupt_at):
+def test_ctrl_c_and_the_same_command_again(data, tiny_bert, tmp_path):
     root, command = tmp_path / "root", load_command("evaluation/ablation.py")
     arguments = [
         str(root),
         *flags(data, tiny_bert, max_steps=60, eval_steps=20, save_steps=20, methods="simcse", seeds="2"),
     ]
     run = root / "simcse/seed-0"
-    interrupt_at(run / "checkpoints/checkpoint-20/trainer_state.json")
+    at_path(str(run / "checkpoints/checkpoint-20/trainer_state.json"), interrupt)
     first = CliRunner().invoke(command, arguments)
     assert first.exit_code == 130, first.output
     assert f"stopped in {run}; the same command goes on from there" in first.output
@@ -236,9 +213,9 @@ def test_ctrl_c_and_the_same_command_again(data, tiny_bert, tmp_path, interrupt_
     assert (root / "report/report.html").is_file()
 
 
-def test_ctrl_c_at_the_last_step_stops_the_grid(data, tiny_bert, tmp_path, interrupt_at):
+def test_ctrl_c_at_the_last_step_stops_the_grid(data, tiny_bert, tmp_path):
     runs = method_grid(tmp_path, ["simcse"], [0, 1], **options(data, tiny_bert))
-    interrupt_at(tmp_path / "simcse/seed-0/checkpoints/checkpoint-4/trainer_state.json")
+    at_path(str(tmp_path / "simcse/seed-0/checkpoints/checkpoint-4/trainer_state.json"), interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_grid(runs)
     assert not (tmp_path / "simcse/seed-1").exists()

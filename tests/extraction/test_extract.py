@@ -189,8 +189,8 @@ def counting(function, calls):
     return counted
 
 
-def test_killed_at_random_moments_the_store_is_the_same(tmp_path, photo_set, tiny_open_clip, whole):
-    worker = ROOT / "tests" / "killed_worker.py"
+def test_killed_at_file_operations_the_store_is_the_same(tmp_path, photo_set, tiny_open_clip, whole):
+    worker = Path(__file__).with_name("killed_worker.py")
     result = subprocess.run(
         [sys.executable, str(worker), str(photo_set), str(tiny_open_clip), str(tmp_path / "features")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""Builds, or adds to, an index in child processes that are killed at random moments: usage MODEL FOLDER build|add.
+"""Builds, or adds to, an index in child processes that are killed at file operations: usage MODEL FOLDER build|add.
 
 Prints, as JSON, how many were killed and, of `add`, the number of rows after each. It forks before it computes
 anything: a child of a process whose threads have run hangs.
@@ -7,15 +7,14 @@ anything: a child of a process whose threads have run hangs.
 import json
 import os
 import random
-import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 
 import faiss  # noqa: F401 - imported once, not by each child
 import sentence_transformers.sentence_transformer.model_card  # noqa: F401 - likewise
 import torch
+from file_events import at_operation, kill_group
 from helpers import WORDS
 
 from st_kdmcse import build_student
@@ -53,54 +52,43 @@ def check(model, path):
     Path(f"{path}.rows").write_text(str(len(index)))
 
 
-def in_child(act, path, seconds=None):
-    """Whether the child was killed, that long after its model was loaded and the index found whole."""
-    reading, writing = os.pipe()
+def in_child(act, path, operation=None):
+    """Whether the child was killed, before its file operation of that number; its model is loaded by then."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
+            os.setpgid(0, 0)
             torch.set_num_threads(1)
             model = build_student(sys.argv[1]).to("cpu")
             if act is add:
                 check(model, path)
-            os.close(writing)
+            if operation is not None:
+                at_operation(operation, kill_group)
             act(model, path)
             status = 0
         except BaseException:  # noqa: BLE001 - whatever it is, the child ends here
             traceback.print_exc()
         finally:
             os._exit(status)
-    os.close(writing)
-    os.read(reading, 1)  # nothing, once the child has closed its end
-    os.close(reading)
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while True:
-        done, code = os.waitpid(process, os.WNOHANG)
-        if done:
-            if code:
-                sys.exit(f"{act.__name__} failed")
-            return False
-        if deadline is not None and time.monotonic() > deadline:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            return True
-        time.sleep(0.002)
+    _, status = os.waitpid(process, 0)
+    if status and not os.WIFSIGNALED(status):
+        sys.exit(f"{act.__name__} failed")
+    return os.WIFSIGNALED(status)
 
 
 if __name__ == "__main__":
     path, act = Path(sys.argv[2]), {"build": build, "add": add}[sys.argv[3]]
-    moments = random.Random(3)
     killed, rows = 0, []
     if act is build:
-        while in_child(build, path, moments.uniform(0.5, 1) * 0.04 * (killed + 1)):
+        while in_child(build, path, 5 * (killed + 1)):
             killed += 1
             if is_index(path) and not Path(f"{path}.parts", "run.json").exists():
                 break  # killed when all was done
         in_child(check, path)
     else:
-        for _ in range(12):
-            killed += in_child(add, path, moments.uniform(0, 0.15))
+        for operation in range(1, 13):
+            killed += in_child(add, path, operation)
             rows.append(int(Path(f"{path}.rows").read_text()))
         in_child(check, path)
         rows.append(int(Path(f"{path}.rows").read_text()))

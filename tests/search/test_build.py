@@ -172,7 +172,7 @@ def test_several_processes_encode_the_same(student, records, tmp_path):
     ]
 
 
-def test_killed_at_random_moments_the_index_is_the_same(tiny_bert, tmp_path):
+def test_killed_at_file_operations_the_index_is_the_same(tiny_bert, tmp_path):
     sys.path.insert(0, str(WORKER.parent))
     from killed_index_worker import ROWS, TEXTS, records
 
