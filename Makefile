@@ -1,4 +1,5 @@
-# make demo: environment, installation and the embedded demo.  make test, make check: the tests; lint and types.
+# make demo: environment, installation and the embedded demo.  make test: the tests.  make check: lint, types, layers.
+# make test-lowest: what needs the libraries' own interfaces, with the lowest versions that pyproject.toml allows.
 # make gpu: what only a GPU shows, tests and training benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
 # flickr8k_features and senteval.
 PYTHON ?= python3
@@ -7,13 +8,21 @@ BIN = $(VENV)/bin
 DATA = $(or $(ST_KDMCSE_DATA),$(error set ST_KDMCSE_DATA to the folder of the data))
 REAL_DATA = --text $(DATA)/wiki/wiki_sentences.txt --features $(DATA)/flickr8k_features --eval-data $(DATA)/senteval
 
-.PHONY: demo test check bench gpu clean
+LOWEST ?= .venv-lowest
+# Not the server, Milvus, the commands and the demo: they stand on these.
+CORE = tests/losses tests/training tests/data tests/teachers tests/extraction tests/evaluation \
+	$(wildcard tests/test_[cefpu]*.py)
+
+.PHONY: demo test test-lowest check bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python training/train_flickr.py --demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/.dev
+	$(LOWEST)/bin/python -m pytest $(CORE)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -30,7 +39,7 @@ gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_curves.py $(REAL_DATA) --output benchmarks/results/training_curves_gpu.json
 
 clean:
-	rm -rf $(VENV) kdmcse-demo
+	rm -rf $(VENV) $(LOWEST) kdmcse-demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,3 +51,9 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@ $(VENV)/.demo
+
+$(LOWEST)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[dev]"
+	touch $@

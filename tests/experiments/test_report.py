@@ -182,7 +182,7 @@ def test_what_decides_the_result_makes_another_group(tmp_path, options, changes,
 def test_runs_without_any_score(tmp_path):
     never = {"sts_dev_before": None, "sts_dev_curve": [], "sts_dev_best": None, "sts_dev_last": None}
     write_summary(tmp_path, sts_test_of_best=None, **never)
-    with pytest.raises(ValueError, match="without evaluation: give a SentEval folder with `data_dir`"):
+    with pytest.raises(ValueError, match="without evaluation: give a SentEval folder as `data_dir`"):
         compare(tmp_path)
 
 
