@@ -31,7 +31,7 @@ def describe_training(folder: Path, losses: Sequence[TwoViewLoss]) -> None:
     text = card.read_text(encoding="utf-8")
     if _BEFORE not in text:
         return
-    section = "\n\n".join([*_teacher(losses[0]), *_heads(losses[0], folder)])
+    section = "\n\n".join([*_teacher(losses[0]), *_heads(losses[0])])
     card.write_text(text.replace(_BEFORE, f"{section}\n\n{_BEFORE}", 1), encoding="utf-8")
 
 
@@ -46,7 +46,7 @@ def _teacher(loss: TwoViewLoss) -> list[str]:
     ]
 
 
-def _heads(loss: TwoViewLoss, folder: Path) -> list[str]:
+def _heads(loss: TwoViewLoss) -> list[str]:
     """How the heads that are saved beside the model are loaded."""
     name = type(loss).__name__
     arguments: dict[str, Any] = {}
@@ -59,9 +59,10 @@ def _heads(loss: TwoViewLoss, folder: Path) -> list[str]:
         "### Projection Heads",
         f"Embeddings do not need the projection heads of the training. The folder `{HEADS_DIR}` holds them, to go on "
         "training or to compare sentences with images:",
-        f"```python\nimport st_kdmcse\nfrom sentence_transformers import SentenceTransformer\n\n"
-        f'model = SentenceTransformer("{folder.name}")\nloss = st_kdmcse.{name}({call})\n'
-        f'loss.load_heads("{folder.name}/{HEADS_DIR}")\n```',
+        "```python\nimport st_kdmcse\nfrom sentence_transformers import SentenceTransformer\n\n"
+        'folder = "."  # the folder of this card\n'
+        f"model = SentenceTransformer(folder)\nloss = st_kdmcse.{name}({call})\n"
+        f'loss.load_heads(f"{{folder}}/{HEADS_DIR}")\n```',
     ]
 
 

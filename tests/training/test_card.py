@@ -31,7 +31,6 @@ def score(card, name):
 
 @pytest.mark.parametrize("method", ["kdmcse", "mcse-clip-text", "simcse"])
 def test_scores_teacher_and_heads_are_those_of_the_saved_weights(data, tiny_bert, tmp_path, monkeypatch, method):
-    monkeypatch.chdir(tmp_path)  # the card names the folder of the model
     config = {} if method == "simcse" else {"projection_dim": 24}
     changes = {"max_steps": 12, "eval_steps": 1, "lr": 0.02, "seed": 3, "config": config}
     run = TrainingOptions(**options(data, tiny_bert, method=method, output_dir=tmp_path / "out", **changes))
@@ -55,6 +54,7 @@ def test_scores_teacher_and_heads_are_those_of_the_saved_weights(data, tiny_bert
     section = text[text.index("### Projection Heads") :]
     program = re.search("```python\n(.*?)```", section, re.DOTALL)[1]
     names: dict = {}
+    monkeypatch.chdir(tmp_path / "out")
     exec(program, names)
     saved_heads = load_file(tmp_path / "out/heads/heads.safetensors")
     loaded = names["loss"].heads.state_dict()
