@@ -44,7 +44,7 @@ class BranchFilter:
     def __str__(self) -> str:
         return (
             f"{self.branch} branch: the filter removes negatives with a {self.score} score from {self.threshold:.3f} "
-            f"on, {100 * self.removed:.2f} % in a sample of the features"
+            f"on, {100 * self.removed:.3g} % in a sample of the features"
         )
 
 

@@ -242,7 +242,7 @@ def test_changed_data_are_scored_again_and_other_results_are_kept(tmp_path, mode
     assert json.loads(output.read_text()) == after
 
     torch.nn.init.zeros_(next(student.parameters()))
-    for other, folds, what in ((student, 2, "parameters_sha256 .*, now .*"), (model, 3, "folds 2, now 3")):
+    for other, folds, what in ((student, 2, "parameters_sha256 was .*, is .*"), (model, 3, "folds was 2, is 3")):
         with pytest.raises(ValueError, match=rf"of another model or protocol \({what}\): give another output file"):
             evaluate_transfer(other, senteval, ["CR"], TransferProtocol(folds), output=output)
     output.write_text("[1]")

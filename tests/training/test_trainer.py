@@ -283,7 +283,7 @@ def test_a_collator_of_ones_own_is_used(tiny_bert, sentences, store, tmp_path, c
     with caplog.at_level("INFO", "st_kdmcse"):
         loader = trainer.get_train_dataloader()
     assert type(loader.dataset).__name__ == "ConcatDataset"
-    assert "sentences are tokenized batch by batch: the collator has prompts" in caplog.text
+    assert "sentences are tokenized batch by batch: the collator has its own prompts" in caplog.text
 
 
 def test_padding_to_multiples_changes_only_rounding(tiny_bert, sentences, store, tmp_path):
