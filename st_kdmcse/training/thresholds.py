@@ -37,8 +37,8 @@ class BranchFilter:
     def remedy(self) -> str:
         """What to do about a filter that removes nothing."""
         return (
-            f"the filter of the {self.branch} branch removes nothing: in a sample of the features no {self.score} score "
-            f'of two images reaches {self.threshold:g}. Set `{self.option}` to "auto", or to a score that occurs'
+            f"the filter of the {self.branch} branch removes nothing: in a sample of the features no {self.score} "
+            f'score of two images reaches {self.threshold:g}. Set `{self.option}` to "auto", or to a score that occurs'
         )
 
     def __str__(self) -> str:
