@@ -103,8 +103,9 @@ def _starts_with(path: str | Path, magic: bytes) -> bool:
 def atomic_path(path: str | Path, keep_existing: bool = False) -> Iterator[Path]:
     """Make a file or folder that appears under its name when it is whole, and never in part.
 
-    The block writes to the path that it gets, a hidden one beside ``path``. When it ends, what it wrote is flushed to
-    the disk and renamed; if it raises, what it wrote is deleted and ``path`` is as before. The parent folder is made.
+    The block writes to the path that it gets, a hidden one beside ``path``. When it ends, that file or folder gets its
+    name; a file is on the disk before. If the block raises, what it wrote is deleted and ``path`` is as before. The
+    parent folder is made.
 
     Args:
         path: the file or folder.
@@ -121,8 +122,8 @@ def atomic_path(path: str | Path, keep_existing: bool = False) -> Iterator[Path]
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        for written in (*temporary.rglob("*"), temporary) if temporary.is_dir() else (temporary,):
-            sync_path(written)
+        if not temporary.is_dir():  # a folder of gigabytes, such as a model, would wait for the disk
+            sync_path(temporary)
         _rename(temporary, path, keep_existing)
         sync_path(path.parent)
     finally:

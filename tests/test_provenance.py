@@ -5,7 +5,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.files import check_output_file, write_json
-from st_kdmcse.provenance import parameters_checksum, provenance
+from st_kdmcse.provenance import claim, differences, parameters_checksum, provenance
 
 
 def test_the_checksum_follows_the_parameters(student, tmp_path):
@@ -48,3 +48,18 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"the folder of .*results\.json cannot be made"):
         check_output_file(tmp_path / "file" / "results.json")
+
+
+def test_a_claim_keeps_the_first_settings_and_names_what_differs(tmp_path):
+    path = tmp_path / "work" / "run.json"
+    assert claim(path, {"seed": 1, "paths": ("a", "b")}, "begin again") == {"seed": 1, "paths": ["a", "b"]}
+    assert claim(path, {"seed": 1, "paths": ("a", "b")}, "begin again")["seed"] == 1
+    with pytest.raises(ValueError, match=r"work in .*work was begun .*\(seed was 1, is 2\): begin again"):
+        claim(path, {"seed": 2, "paths": ("a", "b")}, "begin again")
+
+
+def test_differences_leave_out_what_is_free():
+    assert differences({"a": 1, "b": 2, "gone": 3}, {"a": 2, "b": 3, "new": 4}, {"b"}) == [
+        "a was 1, is 2",
+        "new was None, is 4",
+    ]
