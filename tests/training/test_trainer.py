@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers import without_dropout
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
@@ -310,6 +311,7 @@ def test_rows_that_the_store_does_not_have_are_named(tiny_bert, sentences, store
         trainer.train()
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.14"), reason="PyTorch 2.7 asks at each step, 2.14 does not")
 def test_no_step_asks_for_the_value_of_a_tensor(tiny_bert, sentences, store, tmp_path):
     # Each such question would have a GPU finish what it was given before it is given more.
     counts = []
