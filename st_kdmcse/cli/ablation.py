@@ -16,7 +16,7 @@ from st_kdmcse.training.methods import METHODS
 
 @click.command(context_settings={"max_content_width": 120})
 @grid_options()
-@click.option("--methods", type=ListType(), help=f"Which to train.  [{','.join(METHODS)}]")
+@click.option("--methods", type=ListType(), help=f"Methods to train.  [{','.join(METHODS)}]")
 def main(
     root: Path,
     methods: list[str] | None,

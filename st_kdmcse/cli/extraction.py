@@ -45,13 +45,14 @@ def extraction_options(command: Command, in_training: bool = False, **defaults: 
         "captions_per_image": {"type": click.IntRange(1), "help": "Captions drawn of each image.  [all]"},
         "limit": {"type": click.IntRange(1), "help": "Images drawn from the data set.  [all]"},
         "subset_seed": {"type": int, "help": "Seed of what is drawn from the data set."},
-        "on_error": {"type": click.Choice(["raise", "skip"]), "help": "What to do about bad rows and images."},
+        "on_error": {"type": click.Choice(["raise", "skip"]), "help": "Stop at a bad row or image, or skip it."},
         "teacher": {"help": "open_clip model (ViT-B-32, config.json, hf-hub:..., a folder), or "
                     "transformers:openai/clip-vit-base-patch32."},
         "pretrained": {"help": "Weights of an open_clip model: a tag or a file.  [openai]"},
         "text_teacher": {"help": "Another teacher for the captions, as sentence-transformers:all-mpnet-base-v2."},
-        "precision": {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]), "help": "Of the teacher."},
-        "dtype": {"type": click.Choice(["float16", "float32"]), "help": "Of the stored features."},
+        "precision": {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                      "help": "Precision of the teacher."},
+        "dtype": {"type": click.Choice(["float16", "float32"]), "help": "Type of the stored features."},
         "batch_size": {"type": click.IntRange(1), "help": "Images or captions in a forward pass of the teacher."},
         "workers": {"type": click.IntRange(0), "help": "Processes that decode images.  [one a core, at most 8]"},
     }  # fmt: skip
@@ -110,8 +111,8 @@ def merge_command(store: Path) -> None:
 
 @click.command()
 @Store
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the captions and scores that are drawn.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the captions and scores that are drawn.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def inspect(store: Path, seed: int, as_json: bool) -> None:
     """Show what is in a feature store: teacher, counts, captions, norms, similarities, and whether it is intact."""
     quiet_libraries()

@@ -79,7 +79,11 @@ def grid_options(*, without: Collection[str] = ()) -> Callable[[Command], Comman
         for option in (
             click.option("--keep-checkpoints", is_flag=True, help="Keep the trainer's state of finished runs."),
             click.option(
-                "--seeds", type=SeedsType(), default="5", show_default=True, help="How many, from 0 on, or a list: 0,3."
+                "--seeds",
+                type=SeedsType(),
+                default="5",
+                show_default=True,
+                help="Number of seeds, from 0 on, or a list: 0,3.",
             ),
             click.argument("root", type=click.Path(path_type=Path)),
         ):

@@ -57,7 +57,9 @@ def index() -> None:
 @Factory
 @RecallTarget
 @MemoryLimit
-@click.option("--devices", type=NamesType(), metavar="A,B", help="That share the encoding: cuda:0,cuda:1.  [all GPUs]")
+@click.option(
+    "--devices", type=NamesType(), metavar="A,B", help="Devices that share the encoding: cuda:0,cuda:1.  [all GPUs]"
+)
 def build(
     file: Path,
     model: str,
@@ -208,7 +210,7 @@ def remove(address: str, ids: tuple[str, ...], model: str | None) -> None:
 
 @index.command(context_settings=SETTINGS)
 @Address
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def info(address: str, as_json: bool) -> None:
     """Show what the index DIR is: engine, model, counts, size, and whether its files are intact."""
     quiet_libraries()

@@ -17,7 +17,7 @@ MARGINS = "0.025,0.05,0.075,0.1,0.125,0.15,0.175,0.2,0.225"
 
 @click.command(context_settings={"max_content_width": 120})
 @grid_options(without=["margin"])
-@click.option("--margins", type=ListType(float), default=MARGINS, show_default=True, help="In radians.")
+@click.option("--margins", type=ListType(float), default=MARGINS, show_default=True, help="Margins in radians.")
 def main(
     root: Path,
     margins: list[float],

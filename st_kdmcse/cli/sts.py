@@ -26,9 +26,9 @@ from st_kdmcse.provenance import provenance
 @click.option("--tasks", help=f"Tasks, separated by commas.  [{','.join(STS_TASKS)}]")
 @click.option(
     "--pooling",
-    help=f"What other poolings of the encoder would give: of {','.join(POOLINGS)}, separated by commas; or all.",
+    help=f"Other poolings to score: {','.join(POOLINGS)}, separated by commas; or all.",
 )
-@click.option("--device", help="Such as cpu or cuda:1.  [a GPU if there is one]")
+@click.option("--device", help="Device, such as cpu or cuda:1.  [a GPU if there is one]")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 1024; else 16384]")
 def main(
     model: str,

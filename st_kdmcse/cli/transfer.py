@@ -23,9 +23,9 @@ from st_kdmcse.files import check_output_file
     help="JSON file for the result, written after each task. The same command goes on after the tasks in it.",
 )
 @click.option("--tasks", help=f"Tasks, separated by commas.  [{','.join(TRANSFER_TASKS)}]")
-@click.option("--folds", default=10, show_default=True, help="Of each cross-validation; fewer for a quick look.")
-@click.option("--seed", default=1111, show_default=True, help="Of the shuffling before rows are dealt into folds.")
-@click.option("--device", help="Such as cpu or cuda:1, for the embeddings.  [a GPU if there is one]")
+@click.option("--folds", default=10, show_default=True, help="Folds of each cross-validation; fewer for a quick look.")
+@click.option("--seed", default=1111, show_default=True, help="Seed of the shuffle before rows are dealt into folds.")
+@click.option("--device", help="Device of the embeddings, such as cpu or cuda:1.  [a GPU if there is one]")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 1024; else 16384]")
 @click.option("--jobs", type=click.IntRange(min=1), help="Classifiers trained at a time.  [all cores]")
 def main(

@@ -37,7 +37,7 @@ def main() -> None:
 @Models
 @click.option("--sentences", type=PathOption, help="File of one sentence a line, also .gz or .parquet.  [eight own]")
 @click.option("--repeats", type=int, default=20, help="Copies of each sentence.")
-@click.option("--seed", type=int, default=0, help="Of dropout and t-SNE.")
+@click.option("--seed", type=int, default=0, help="Seed of dropout and t-SNE.")
 @click.option("--output", type=PathOption, help="JSON file to write.")
 @click.option("--plot", type=PathOption, default=Path("tsne.png"), help="PNG, SVG or PDF file to write.")
 def tsne(
