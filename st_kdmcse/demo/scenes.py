@@ -2,6 +2,8 @@
 
 A scene holds one or two groups of equal shapes; two groups are laid out side by side or one above the other. Scenes
 fall into a ``train`` and a ``heldout`` split by a hash of their content, so no held-out scene can occur in training.
+
+One module, because images, captions and similarity are three views of one description of a scene.
 """
 
 from __future__ import annotations
