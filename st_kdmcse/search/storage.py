@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ ENCODER = "encoder"
 """Folder of the model of an index that has its own, see :func:`~st_kdmcse.search.images.index_images`."""
 
 _FOLDER = "data-"
+_UNFINISHED = re.compile(rf"\.({re.escape(MANIFEST)}|{ENCODER})\.[0-9a-f]+\.tmp")
+"""Names of what :func:`~st_kdmcse.files.atomic_path` was writing at a kill."""
+
 _REMEDY = "build the index again, or restore a copy"
 
 
@@ -176,8 +180,8 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
 
 def _ours(path: Path) -> bool:
     return (
-        path.name.split(".")[0] == ENCODER
-        or path.name in (LOCK, MANIFEST)
+        path.name in (ENCODER, LOCK, MANIFEST)
+        or _UNFINISHED.fullmatch(path.name) is not None
         or (path.name.startswith(_FOLDER) and path.is_dir())
     )
 
@@ -187,3 +191,5 @@ def _remove_others(path: Path, kept: str) -> None:
     for each in path.iterdir():
         if each.is_dir() and each.name.startswith(_FOLDER) and each.name != kept:
             shutil.rmtree(each, ignore_errors=True)
+        elif each.is_file() and _UNFINISHED.fullmatch(each.name):  # of a manifest: only who holds the lock writes one
+            each.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Builds, or adds to, an index in child processes that are killed at file operations: usage MODEL FOLDER build|add.
+"""Builds, adds to, or saves an index in child processes that are killed at file operations.
 
-Prints, as JSON, how many were killed and, of `add`, the number of rows after each. It forks before it computes
-anything: a child of a process whose threads have run hangs.
+Usage: MODEL FOLDER build|add|save. Prints, as JSON, how many were killed and, of `add`, the number of rows after each.
+It forks before it computes anything: a child of a process whose threads have run hangs.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import traceback
+from itertools import count
 from pathlib import Path
 
 import faiss  # noqa: F401 - imported once, not by each child
@@ -19,6 +20,7 @@ from helpers import WORDS
 
 from st_kdmcse import build_student
 from st_kdmcse.search import SemanticIndex, TextRecord, build_index
+from st_kdmcse.search.model_check import OWN_MODEL
 from st_kdmcse.search.storage import is_index
 
 ROWS, ADDED = 120, 30
@@ -38,6 +40,12 @@ def add(model, path):
     rows = range(len(index), len(index) + ADDED)
     index.add([TEXTS[row] for row in rows], [f"r{row}" for row in rows], [{"row": row} for row in rows])
     index.save()
+
+
+def save(model, path):
+    """Save a new index with its model in it, as one of images has."""
+    backend = SemanticIndex.build(model, TEXTS[:8]).backend
+    SemanticIndex(backend, model, OWN_MODEL).save(path)
 
 
 def check(model, path):
@@ -78,7 +86,7 @@ def in_child(act, path, operation=None):
 
 
 if __name__ == "__main__":
-    path, act = Path(sys.argv[2]), {"build": build, "add": add}[sys.argv[3]]
+    path, act = Path(sys.argv[2]), {"build": build, "add": add, "save": save}[sys.argv[3]]
     killed, rows = 0, []
     if act is build:
         while in_child(build, path, 5 * (killed + 1)):
@@ -86,6 +94,14 @@ if __name__ == "__main__":
             if is_index(path) and not Path(f"{path}.parts", "run.json").exists():
                 break  # killed when all was done
         in_child(check, path)
+    elif act is save:
+        for operation in count(1):
+            folder = path / str(operation)
+            if not in_child(save, folder, operation):
+                break
+            killed += 1
+            if not is_index(folder):
+                in_child(save, folder)
     else:
         for operation in range(1, 13):
             killed += in_child(add, path, operation)

@@ -262,6 +262,16 @@ def test_killed_while_adding_or_saving_the_index_is_whole(tiny_bert, tmp_path):
     assert len(SemanticIndex.load(before, model)) == ROWS
 
 
+def test_a_first_save_that_was_killed_anywhere_can_be_repeated(tiny_bert, tmp_path):
+    report = run_worker(tiny_bert, tmp_path, "save")
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == report["killed"] + 1 > 10
+    for folder in folders:
+        assert len(SemanticIndex.load(folder)) == 8
+    left = [path.name for folder in folders for path in folder.glob(".manifest*")]
+    assert left == []
+
+
 def run_worker(model, path, act):
     environment = {
         **os.environ,
