@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.data.layout import ARROW, CSV, IMAGES, MANIFEST, ROWS_PER_CHUNK, TEXTS, Array, RowNumbers
+from st_kdmcse.data.layout import IMAGES, MANIFEST, ROWS_PER_CHUNK, TEXTS, Array, RowNumbers
 from st_kdmcse.data.scores import draw_captions, sampled_cosines
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.files import ByteProgress, byte_progress
@@ -129,7 +129,7 @@ class StoreReport:
 def inspect_store(
     store: FeatureStore, seed: int = 0, sample: int = 1000, show_progress_bar: bool | None = None
 ) -> StoreReport:
-    """Look at a store: what it holds, whether it is whole, and how well its features tell pairs from strangers.
+    """Look at a store: what it holds, whether it is whole, and how well its features tell true pairs from others.
 
     Every byte is read, for checksums and norms. A store that opens is reported on even if it is damaged.
 
@@ -153,8 +153,7 @@ def inspect_store(
         image_norms = _spread(_norms(store.image_features, progress))
         text_norms = _spread(_norms(store.text_features, progress))
     image_rows = _image_rows(store)
-    table = CSV if (store.path / CSV).exists() and not (store.path / ARROW).exists() else ARROW
-    names = [*files, MANIFEST] if files else [IMAGES, TEXTS, table]
+    names = [*files, MANIFEST] if files else [IMAGES, TEXTS, store.table_name]
     return StoreReport(
         path=str(store.path),
         teacher=store.teacher,

@@ -7,18 +7,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from st_kdmcse.config import SoftLabel
 from st_kdmcse.data.layout import Array, RowNumbers
 from st_kdmcse.data.store import FeatureStore
-
-Pair = Literal["text-text", "text-image", "image-text", "image-image"]
-"""Which features are compared: of the anchor, then of the candidate."""
 
 _BLOCK_ROWS = 1024
 
 
 def true_pair_score(
     store: FeatureStore,
-    pair: Pair,
+    pair: SoftLabel,
     score: Literal["cosine", "dot"] = "cosine",
     max_images: int = 2000,
     seed: int = 0,
@@ -64,7 +62,7 @@ def true_pair_score(
 
 def negatives_removed(
     store: FeatureStore,
-    pair: Pair,
+    pair: SoftLabel,
     threshold: float,
     score: Literal["cosine", "dot"] = "cosine",
     inclusive: bool = True,
@@ -158,7 +156,7 @@ def draw_captions(
         generator: draws.
 
     Returns:
-        RowNumbers of captions: one of each image, and the second ones.
+        Row numbers of captions: one of each image, and the second ones.
     """
     images = np.unique(image_rows)
     if len(images) > max_images:

@@ -1,7 +1,4 @@
-"""Teacher features of images and captions on disk: written once, memory-mapped, gathered by row.
-
-One module, because it is one class: what a store gives, and how it checks itself.
-"""
+"""Teacher features of images and captions on disk: written once, memory-mapped, gathered by row."""
 
 from __future__ import annotations
 
@@ -15,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 from datasets import Dataset
 
 from st_kdmcse.data.layout import (
@@ -36,7 +30,9 @@ from st_kdmcse.data.layout import (
     off_norm,
 )
 from st_kdmcse.data.opening import open_array, open_table, read_store_manifest, table_name
-from st_kdmcse.files import ByteProgress, byte_progress, sha256_file
+from st_kdmcse.data.verification import verify_checksum, verify_encoding, verify_features, verify_table
+from st_kdmcse.data.writer import write_arrays
+from st_kdmcse.files import byte_progress, sha256_file
 
 _SAMPLED_ROWS = 256
 
@@ -159,32 +155,7 @@ class FeatureStore:
             FileExistsError: if there is something at ``path`` already.
             ValueError: if the lengths do not agree, or a feature, caption, id or image row is invalid.
         """
-        image_features, text_features = np.asanyarray(image_features), np.asanyarray(text_features)
-        if image_features.ndim != 2:
-            raise ValueError(f"image_features has shape {image_features.shape}, expected (images, T)")
-        if len(image_ids) != len(image_features):
-            raise ValueError(f"{len(image_ids)} image_ids for {len(image_features)} rows of image_features")
-        if not len(captions) == len(text_features) == len(image_rows):
-            raise ValueError(
-                f"{len(captions)} captions, {len(text_features)} rows of text_features and {len(image_rows)} "
-                "image_rows: one of each is needed for every caption"
-            )
-        rows = as_rows(image_rows, len(image_features), "image_features")
-        if dtype is None:
-            dtype = "float16" if image_features.dtype == np.float16 else "float32"
-        from st_kdmcse.data.writer import FeatureStoreWriter
-
-        with FeatureStoreWriter(path, image_features.shape[1], dtype, teacher, normalized) as writer:
-            for image_id in image_ids:
-                writer._add_id(image_id)
-            for file, name, features in (
-                (writer._images, "image_features", image_features),
-                (writer._texts, "text_features", text_features),
-            ):
-                for start in range(0, len(features), ROWS_PER_CHUNK):
-                    file.append(writer._checked(features[start : start + ROWS_PER_CHUNK], name, start))
-            for text_row, (image_row, caption) in enumerate(zip(rows.tolist(), captions, strict=True)):
-                writer._add_row(image_ids[image_row], caption, image_row, text_row)
+        write_arrays(path, image_features, text_features, captions, image_rows, image_ids, teacher, normalized, dtype)
         return cls(path)
 
     def __len__(self) -> int:
@@ -346,14 +317,12 @@ class FeatureStore:
         total = sum(entry["bytes"] for entry in files.values()) + sum(array.nbytes for array in arrays.values())
         with byte_progress(total, f"Verifying {self._path.name}", show_progress_bar) as progress:
             for name, entry in files.items():
-                if sha256_file(self._path / name, progress.update) != entry["sha256"]:
-                    raise ValueError(
-                        f"{self._path / name} is damaged: its SHA-256 is not the one in {MANIFEST}; copy or write the "
-                        "store again"
-                    )
-            self._verify_table()
+                verify_checksum(self._path / name, entry["sha256"], progress.update)
+            table = self._path / self.table_name
+            verify_encoding(table, self._table)
+            verify_table(table, self._table, self.image_rows)
             for name, array in arrays.items():
-                self._verify_features(self._path / name, array, progress)
+                verify_features(self._path / name, array, self.normalized, progress.update)
 
     @cached_property
     def _row_numbers(self) -> tuple[RowNumbers, RowNumbers]:
@@ -402,44 +371,6 @@ class FeatureStore:
                     f"{self._path / name} has {size:,} bytes, {MANIFEST} says {entry['bytes']:,}: copy or write the "
                     "store again"
                 )
-
-    def _verify_table(self) -> None:
-        path = self._path / self.table_name
-        try:
-            self._table.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or write the store again") from error
-        image_rows, _ = self._row_numbers
-        for name in ("image", "caption"):
-            empty = pc.index(pc.equal(pc.utf8_trim_whitespace(self._table.column(name)), ""), True).as_py()
-            if empty >= 0:
-                raise ValueError(f"{path}, row {empty}: the {name} is empty; leave that row out")
-        ids = self._table.column("image").dictionary_encode().combine_chunks()
-        codes = ids.indices.to_numpy()
-        first_row_of_id = np.zeros(len(ids.dictionary), dtype=np.int64)
-        first_row_of_id[codes[::-1]] = np.arange(len(self))[::-1]
-        wrong = np.flatnonzero(image_rows != image_rows[first_row_of_id[codes]])
-        if wrong.size:
-            row = int(wrong[0])
-            raise ValueError(
-                f"{path}, row {row}: image {self.image_id(row)!r} has image_row {image_rows[row]} here and "
-                f"{image_rows[first_row_of_id[codes[row]]]} in an earlier row; give each image one row"
-            )
-
-    def _verify_features(self, path: Path, array: Array, progress: ByteProgress) -> None:
-        for start in range(0, len(array), ROWS_PER_CHUNK):
-            chunk = array[start : start + ROWS_PER_CHUNK]
-            bad = np.flatnonzero(~np.isfinite(chunk).all(axis=1))
-            if bad.size:
-                raise ValueError(f"{path}, row {start + bad[0]}: the features hold NaN or infinite values")
-            bad = np.flatnonzero(off_norm(chunk)) if self.normalized else bad
-            if bad.size:
-                norm = np.linalg.norm(chunk[bad[0]].astype(np.float64))
-                raise ValueError(
-                    f"{path}, row {start + bad[0]}: the norm is {norm:.4f} though the store's features are said to be "
-                    "normalised; write the store again with normalized=False, or normalise them first"
-                )
-            progress.update(chunk.nbytes)
 
 
 def _draw_rows(image_rows: RowNumbers, per_image: int, seed: int) -> RowNumbers:

@@ -20,11 +20,14 @@ from st_kdmcse.data.layout import (
     IMAGES,
     MANIFEST,
     ROWS_PER_BATCH,
+    ROWS_PER_CHUNK,
     SCHEMA,
     TEXTS,
     VERSION,
     Array,
     FeatureDtype,
+    RowNumbers,
+    as_rows,
     off_norm,
 )
 from st_kdmcse.data.seen import Seen
@@ -246,6 +249,44 @@ class FeatureStoreWriter:
         sync_path(self._temporary)
         self._temporary.replace(self._path)
         sync_path(self._path.parent)
+
+
+def write_arrays(
+    path: str | Path,
+    image_features: Array,
+    text_features: Array,
+    captions: Sequence[str],
+    image_rows: Sequence[int] | RowNumbers,
+    image_ids: Sequence[str],
+    teacher: str,
+    normalized: bool | None = None,
+    dtype: FeatureDtype | None = None,
+) -> None:
+    """Write a store from arrays; arguments and errors are those of :meth:`FeatureStore.from_arrays`."""
+    image_features, text_features = np.asanyarray(image_features), np.asanyarray(text_features)
+    if image_features.ndim != 2:
+        raise ValueError(f"image_features has shape {image_features.shape}, expected (images, T)")
+    if len(image_ids) != len(image_features):
+        raise ValueError(f"{len(image_ids)} image_ids for {len(image_features)} rows of image_features")
+    if not len(captions) == len(text_features) == len(image_rows):
+        raise ValueError(
+            f"{len(captions)} captions, {len(text_features)} rows of text_features and {len(image_rows)} "
+            "image_rows: one of each is needed for every caption"
+        )
+    rows = as_rows(image_rows, len(image_features), "image_features")
+    if dtype is None:
+        dtype = "float16" if image_features.dtype == np.float16 else "float32"
+    with FeatureStoreWriter(path, image_features.shape[1], dtype, teacher, normalized) as writer:
+        for image_id in image_ids:
+            writer._add_id(image_id)
+        for file, name, features in (
+            (writer._images, "image_features", image_features),
+            (writer._texts, "text_features", text_features),
+        ):
+            for start in range(0, len(features), ROWS_PER_CHUNK):
+                file.append(writer._checked(features[start : start + ROWS_PER_CHUNK], name, start))
+        for text_row, (image_row, caption) in enumerate(zip(rows.tolist(), captions, strict=True)):
+            writer._add_row(image_ids[image_row], caption, image_row, text_row)
 
 
 class _GrowingArray:

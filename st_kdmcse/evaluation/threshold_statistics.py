@@ -1,4 +1,4 @@
-"""What the teacher scores pairs and strangers, and what a threshold would remove (Figures 5 and 6 of the paper).
+"""Teacher scores of true pairs and of all others, and what a threshold would remove (Figures 5 and 6 of the paper).
 
 One module, because the result classes and the pass that fills them change together.
 """

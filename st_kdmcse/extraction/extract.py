@@ -22,8 +22,9 @@ from st_kdmcse.data.images import ImageError, ImageSource
 from st_kdmcse.data.layout import Array, FeatureDtype
 from st_kdmcse.data.readers import BadRowError, CaptionedImage, ImageCaptionReader, Problem
 from st_kdmcse.extraction.decoding import DecodedImages, collate_images, named_worker_errors
-from st_kdmcse.extraction.merge import disable_bar, join_parts, parts_folder, refuse_existing, skipped_file
+from st_kdmcse.extraction.merge import join_parts, parts_folder, refuse_existing, skipped_file
 from st_kdmcse.extraction.parts import End, Part, PartsFolder, chain, digest, record_bytes
+from st_kdmcse.files import locked, progress_bar
 from st_kdmcse.teachers.base import Preprocess, Teacher, try_load
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def extract(
     started = time.perf_counter()
     if not parts.exists:
         refuse_existing(path)
-    with parts.lock(exclusive=count == 1):
+    with locked(parts.path, shared=count > 1):  # shards work side by side; joining the parts excludes them
         if path.exists() and parts.run == run:  # killed when all was done but the tidying up
             parts.remove()
             return finished_report(path, started)
@@ -350,11 +351,7 @@ def _progress_bar(
     if reader.num_images is not None:
         whole, rest = divmod(len(reader), part_size)
         total = len(range(index, whole, count)) * part_size + (rest if whole % count == index else 0)
-    return tqdm(
-        total=total,
-        desc="Extracting" if count == 1 else f"Extracting shard {index}/{count}",
-        unit="image",
-        # A log file is no terminal: a line now and then is enough there.
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=disable_bar(show_progress_bar),
-    )
+    description = "Extracting" if count == 1 else f"Extracting shard {index}/{count}"
+    # In a log file, a line now and then is enough.
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return progress_bar(total, description, "image", show_progress_bar, mininterval=interval)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from st_kdmcse.data import FeatureStore, FeatureStoreWriter
 from st_kdmcse.extraction.parts import PartsFolder
+from st_kdmcse.files import locked, progress_bar
 
 
 def merge(path: str | Path, show_progress_bar: bool | None = None) -> FeatureStore:
@@ -32,7 +31,7 @@ def merge(path: str | Path, show_progress_bar: bool | None = None) -> FeatureSto
         if path.is_dir():
             return FeatureStore.open(path)
         raise FileNotFoundError(f"there is no extraction to merge: {parts.path} does not exist")
-    with parts.lock(exclusive=True):
+    with locked(parts.path):
         refuse_existing(path)
         return join_parts(path, parts, show_progress_bar)
 
@@ -51,7 +50,7 @@ def join_parts(path: Path, parts: PartsFolder, show_progress_bar: bool | None) -
     with FeatureStoreWriter(
         joined, run["dim"], run["dtype"], run["teacher"], shared_space=run["shared_space"], source=source
     ) as writer:
-        for number in tqdm(range(end.parts), "Joining parts", delay=2, disable=disable_bar(show_progress_bar)):
+        for number in progress_bar(end.parts, "Joining parts", "part", show_progress_bar, iterable=range(end.parts)):
             part = parts.read(number)
             writer.extend(part.image_ids, part.image_features, part.captions, part.text_features)
             skipped |= bool(part.problems)
@@ -70,11 +69,6 @@ def parts_folder(path: Path) -> PartsFolder:
 def skipped_file(path: Path) -> Path:
     """The list of what was left out of a store."""
     return path.with_name(path.name + ".skipped.csv")
-
-
-def disable_bar(show_progress_bar: bool | None) -> bool | None:
-    """The same for tqdm's ``disable``."""
-    return None if show_progress_bar is None else not show_progress_bar
 
 
 def refuse_existing(path: Path) -> None:

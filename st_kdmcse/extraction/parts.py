@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from st_kdmcse.data.layout import Array
 from st_kdmcse.data.readers import CaptionedImage, Problem
-from st_kdmcse.files import atomic_file, locked, read_json, write_json
+from st_kdmcse.files import atomic_file, read_json, write_json
 from st_kdmcse.provenance import claim
 
 logger = logging.getLogger(__name__)
@@ -89,20 +89,6 @@ class PartsFolder:
     def exists(self) -> bool:
         """Whether an extraction was begun here."""
         return (self.path / _RUN).is_file()
-
-    @contextmanager
-    def lock(self, exclusive: bool, wait: bool = False) -> Iterator[None]:
-        """Keep other processes of this machine from what they must not do at the same time.
-
-        Args:
-            exclusive: for joining the parts; shards share the lock and work side by side.
-            wait: wait for the others.
-
-        Raises:
-            ValueError: if others are at work.
-        """
-        with locked(self.path, shared=not exclusive, wait=wait):
-            yield
 
     def claim(self, run: Mapping[str, Any]) -> None:
         """Begin an extraction, or go on with one that has the same settings.

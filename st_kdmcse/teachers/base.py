@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from st_kdmcse.data.images import FileSlice, ImageError, ImageSource, load_image
+from st_kdmcse.files import progress_bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -250,7 +251,7 @@ def batches(count: int, batch_size: int, description: str, show_progress_bar: bo
     """Slices that cut ``count`` items into batches, with a progress bar if they are more than a few."""
     slices = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     show = show_progress_bar if len(slices) > _MANY_BATCHES else False
-    return tqdm(slices, desc=description, unit="batch", disable=None if show is None else not show)
+    return progress_bar(len(slices), description, "batch", show, iterable=slices)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from st_kdmcse import FeatureStore
 from st_kdmcse.data.readers import BadRowError, CaptionsCSV, Coco
 from st_kdmcse.extraction import ExtractionOptions, extract, extract_dataset, merge
 from st_kdmcse.extraction.parts import PartsFolder
+from st_kdmcse.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"workers": 0, "part_size": 8}
@@ -383,7 +384,7 @@ def test_processes_keep_out_of_each_others_way(tmp_path, reader, teacher):
     path = tmp_path / "features"
     extract(reader, teacher, path, shard=(0, 2), **SMALL)
     parts = PartsFolder(tmp_path / "features.parts")
-    with parts.lock(exclusive=False):  # another shard is at work
+    with locked(parts.path, shared=True):  # another shard is at work
         extract(reader, teacher, path, shard=(1, 2), **SMALL)
         for call in (lambda: merge(path), lambda: extract(reader, teacher, path, **SMALL)):
             with pytest.raises(ValueError, match=r"another process is writing to .*features.parts"):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
-from st_kdmcse.data.readers.parsing import existing_file, image_folder, json_items
+from st_kdmcse.data.readers.base import CaptionedImage
+from st_kdmcse.data.readers.parsing import CaptionFileReader, json_items
 
 _LAYOUT = (
     '{"images": [{"id": 1, "file_name": "a.jpg"}, ...], '
@@ -17,7 +16,7 @@ _LAYOUT = (
 )
 
 
-class Coco(ImageCaptionReader):
+class Coco(CaptionFileReader):
     """Images and captions of one of the ``captions_*.json`` files of MS-COCO.
 
     The image id is the file name; images come in the order of the file's list of images, captions in that of its
@@ -26,8 +25,8 @@ class Coco(ImageCaptionReader):
     Args:
         captions: the file; or the folder of COCO, with ``annotations`` and ``train2017`` in it, where ``split`` says
             which.
-        images: folder of the image files, or the folder that holds ``train2017``, ``val2017`` and so on. With the
-            folder of COCO as ``captions``, images are looked for there by themselves.
+        images: folder of the image files, or the folder that holds ``train2017``, ``val2017`` and so on. None
+            looks in the folder of COCO, if ``captions`` is that.
         split: such as "train2017", "val2017" or "train2014"; only with a folder as ``captions``.
         options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
 
@@ -50,19 +49,13 @@ class Coco(ImageCaptionReader):
         split: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self._captions = _find_captions(Path(captions), split)
-        name = _split_of(self._captions)
-        folder = image_folder(images)
-        if folder is None and split is not None and (Path(captions) / split).is_dir():
-            folder = Path(captions)
-        self._images = folder / name if folder is not None and name and (folder / name).is_dir() else folder
-        self.name = str(self._captions)
-
-    @cached_property
-    def num_images(self) -> int:
-        """Number of images with captions, before bad files are left out; the first use reads the captions."""
-        return self._count()
+        file = _find_captions(Path(captions), split)
+        if images is None and split is not None and (Path(captions) / split).is_dir():
+            images = captions
+        super().__init__(file, images, **options)
+        name = _split_of(file)
+        if self._images is not None and name and (self._images / name).is_dir():
+            self._images /= name
 
     def _records(self) -> Iterator[CaptionedImage]:
         # The images may come before or after their annotations: one pass for each.
@@ -81,8 +74,7 @@ class Coco(ImageCaptionReader):
         for image_id, name in names.items():
             where = f"{self._captions}, image id {image_id} ({name})"
             if image_id in captions:
-                file = None if self._images is None else self._images / name
-                yield CaptionedImage(name, file, tuple(captions[image_id]), where)
+                yield CaptionedImage(name, self._image_file(name), tuple(captions[image_id]), where)
             else:
                 message = "the image has no annotation with a caption: add one, or leave the image out"
                 self.problems.add("no caption", where, message)
@@ -123,7 +115,7 @@ def _find_captions(captions: Path, split: str | None) -> Path:
     if not captions.is_dir():
         if split is not None:
             raise ValueError(f"{captions} is one split already: give its folder, or no split={split!r}")
-        return existing_file(captions)
+        return captions
     found = ", ".join(coco_splits(captions)) or "none"
     if split is None:
         raise ValueError(f"{captions} is a folder: choose a split; those with captions there: {found}")

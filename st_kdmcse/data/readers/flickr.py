@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
-from st_kdmcse.data.readers.parsing import existing_file, image_folder, read_csv, read_lines
+from st_kdmcse.data.readers.base import CaptionedImage
+from st_kdmcse.data.readers.parsing import CaptionFileReader, read_csv, read_lines
 
 _TOKEN_HEAD = re.compile(r"(.+)#(\d+)", re.DOTALL)
 
 
-class _FlickrReader(ImageCaptionReader):
+class _FlickrReader(CaptionFileReader):
     """A file with one caption a row, each with the name of its image.
 
     Images come in the order in which they first appear, the captions of each in the order of the file, whether or not
@@ -29,16 +28,8 @@ class _FlickrReader(ImageCaptionReader):
         split: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self._captions = existing_file(captions)
-        self._images = image_folder(images)
+        super().__init__(captions, images, **options)
         self._split = None if split is None else _find_split(split, self._captions)
-        self.name = str(captions)
-
-    @cached_property
-    def num_images(self) -> int:
-        """Number of images with captions, before bad files are left out; the first use reads the captions."""
-        return self._count()
 
     @abstractmethod
     def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
@@ -49,7 +40,7 @@ class _FlickrReader(ImageCaptionReader):
         first_lines: dict[str, int] = {}
         numbers: set[tuple[str, int]] = set()
         for line, image, number, caption in self._rows():
-            where = f"{self._captions}, line {line}"
+            where = self._line(line)
             if number is not None:
                 if (image, number) in numbers:
                     message = f"caption {number} of the image {image!r} came before: give each caption its own number"
@@ -62,8 +53,10 @@ class _FlickrReader(ImageCaptionReader):
         chosen = None if self._split is None else self._read_split(self._split, captions)
         for image, texts in captions.items():
             if chosen is None or image in chosen:
-                file = None if self._images is None else self._images / image
-                yield CaptionedImage(image, file, tuple(texts), f"{self._captions}, line {first_lines[image]}")
+                yield CaptionedImage(image, self._image_file(image), tuple(texts), self._line(first_lines[image]))
+
+    def _line(self, number: int) -> str:
+        return f"{self._captions}, line {number}"
 
     def _read_split(self, split: Path, captions: dict[str, list[str]]) -> set[str]:
         """The images that a split file lists."""
@@ -113,7 +106,7 @@ class FlickrTokens(_FlickrReader):
             else:
                 found = f"{len(columns)} columns" if len(columns) != 2 else f"{columns[0][:60]!r}"
                 message = f"{found}, expected IMAGE.jpg#k<TAB>caption: correct the row, or leave it out"
-                self.problems.add("wrong columns", f"{self._captions}, line {line}", message)
+                self.problems.add("wrong columns", self._line(line), message)
 
 
 class FlickrCSV(_FlickrReader):
@@ -121,16 +114,7 @@ class FlickrCSV(_FlickrReader):
 
     The caption is all that follows the second separator, a bar and one blank. There are no quotes in this format.
 
-    Args:
-        captions: the file, with the header ``image_name| comment_number| comment``.
-        images: folder of the image files.
-        split: a file of image ids, one a line, with or without ``.jpg``; or its name without ``.txt``, such as "train",
-            if it is beside the captions. None takes all images.
-        options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
-
-    Raises:
-        FileNotFoundError: if the file, the folder or the split is missing.
-        ValueError: for an option out of range.
+    The header is ``image_name| comment_number| comment``. Arguments and errors are those of :class:`FlickrTokens`.
     """
 
     def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
@@ -147,22 +131,13 @@ class FlickrCSV(_FlickrReader):
                 message = (
                     f"{text[:60]!r} is not IMAGE.jpg| NUMBER| CAPTION: correct its separators, or leave the row out"
                 )
-                self.problems.add("wrong columns", f"{self._captions}, line {line}", message)
+                self.problems.add("wrong columns", self._line(line), message)
 
 
 class CaptionsCSV(_FlickrReader):
     """Captions as a CSV file with the columns ``image,caption``: the ``captions.txt`` of Flickr8k.
 
-    Args:
-        captions: the file.
-        images: folder of the image files.
-        split: a file of image ids, one a line, with or without ``.jpg``; or its name without ``.txt``, such as "train",
-            if it is beside the captions. None takes all images.
-        options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
-
-    Raises:
-        FileNotFoundError: if the file, the folder or the split is missing.
-        ValueError: for an option out of range.
+    Arguments and errors are those of :class:`FlickrTokens`.
     """
 
     def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
@@ -176,7 +151,7 @@ class CaptionsCSV(_FlickrReader):
             else:
                 found = f"{len(columns)} columns" if columns[0] else "no image name"
                 message = f"{found}, expected image,caption: put a caption with commas in quotes, or leave the row out"
-                self.problems.add("wrong columns", f"{self._captions}, line {line}", message)
+                self.problems.add("wrong columns", self._line(line), message)
 
 
 def is_token_row(line: str) -> bool:

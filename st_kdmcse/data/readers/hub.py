@@ -33,7 +33,7 @@ class HubDataset(ImageCaptionReader):
     Raises:
         FileNotFoundError: if there is no such data set.
         ConnectionError: if the hub cannot be reached.
-        ValueError: if there is no such split or column, the images are none, or an option is out of range.
+        ValueError: if there is no such split or column, the column holds no images, or an option is out of range.
     """
 
     def __init__(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
-from st_kdmcse.data.readers.parsing import existing_file, image_folder, json_items
+from st_kdmcse.data.readers.base import CaptionedImage
+from st_kdmcse.data.readers.parsing import CaptionFileReader, json_items
 
 _LAYOUT = '{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a caption"}, ...]}, ...]}'
 
 
-class Karpathy(ImageCaptionReader):
+class Karpathy(CaptionFileReader):
     """Images and captions of one of Karpathy's JSON files, streamed.
 
     The caption is the ``raw`` text of a sentence, the image id the file name. The image file is
@@ -42,18 +41,10 @@ class Karpathy(ImageCaptionReader):
         split: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self._captions = existing_file(captions)
-        self._images = image_folder(images)
+        super().__init__(captions, images, **options)
         self._splits = None if split is None else set(split.split("+"))
-        self.name = str(captions)
         if self._splits is not None:
             self._check_splits(self._splits)
-
-    @cached_property
-    def num_images(self) -> int:
-        """Number of images with captions, before bad files are left out; the first use reads the captions."""
-        return self._count()
 
     def _records(self) -> Iterator[CaptionedImage]:
         number = 0

@@ -1,4 +1,4 @@
-"""What readers share: finding files, lines and rows of text, the lists of JSON files."""
+"""What readers of files share: finding the files, lines and rows of text, the lists of JSON files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,47 @@ import csv
 import re
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
 
-from st_kdmcse.data.readers.base import Problems
+from st_kdmcse.data.readers.base import ImageCaptionReader, Problems
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 _BOM = b"\xef\xbb\xbf"
 _MOST_LINES_OF_A_ROW = 64
+
+
+class CaptionFileReader(ImageCaptionReader):
+    """A reader of one file that holds all captions, beside a folder of image files.
+
+    Args:
+        captions: the file.
+        images: folder of the image files; None for captions alone.
+        options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
+
+    Raises:
+        FileNotFoundError: if the file or the folder is missing.
+        ValueError: for an option out of range.
+    """
+
+    def __init__(self, captions: str | Path, images: str | Path | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._captions = existing_file(captions)
+        self._images = image_folder(images)
+        self.name = str(captions)
+
+    @cached_property
+    def num_images(self) -> int:
+        """Number of images with captions, before bad files are left out; the first use reads the captions."""
+        return self._count()
+
+    def _image_file(self, name: str) -> Path | None:
+        """The file of an image; None without a folder of images."""
+        return None if self._images is None else self._images / name
 
 
 def existing_file(path: str | Path) -> Path:
@@ -66,7 +96,7 @@ def read_csv(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Number of the first line (from 1) and fields of each row of a CSV file with quotes where they are needed.
 
     A quoted field may run over several lines. Where a quote is never closed, only the line that opens it is a problem
-    "wrong columns": it does not swallow the rows below. RowNumbers that are not UTF-8 are a problem "encoding".
+    "wrong columns": it does not swallow the rows below. Rows that are not UTF-8 are a problem "encoding".
 
     Raises:
         ValueError: if the file is empty.

@@ -24,8 +24,8 @@ class WebDataset(ImageCaptionReader):
 
     The files of a sample follow one another and have the same path up to the first point of their name, its key:
     ``000000017.jpg``, ``000000017.txt``, ``000000017.json``. The image id is the name of the shard, a slash and the
-    key, ``00003/000000017``; where shards in several folders have the same name, the folders are part of it. Images
-    are given as slices of the tar: they are read only by those who need them.
+    key, ``00003/000000017``; where shards in several folders have the same name, the folders are part of it. An image
+    is a slice of the tar: its bytes are read when it is decoded.
 
     Args:
         shards: a tar; several; a folder of them; or a pattern such as ``cc12m/{00000..00331}.tar`` or
@@ -86,11 +86,7 @@ class WebDataset(ImageCaptionReader):
         suffixes = _image_suffixes(members)
         if len(suffixes) != 1:
             kind, what = ("several images", "several images") if suffixes else ("no image file", "no image")
-            message = (
-                f"{what} among its files ({', '.join(sorted(members))}): the files of a sample must follow one another "
-                "and share their name up to its first point"
-            )
-            self.problems.add(kind, where, message)
+            self.problems.add(kind, where, _sample_problem(what, members))
             return None
         captions = self._captions(file, members, where)
         if not captions:
@@ -99,18 +95,14 @@ class WebDataset(ImageCaptionReader):
         return CaptionedImage(image_id, FileSlice(path, image.offset_data, image.size, image.name), captions, where)
 
     def _captions(self, file: BinaryIO, members: dict[str, tarfile.TarInfo], where: str) -> tuple[str, ...]:
-        """The captions with text; none is a problem."""
+        """The captions with text; a sample without any is a problem."""
         if self._caption_key == "auto" and ".txt" in members:
             found = self._text(_content(file, members[".txt"]), where)
         elif ".json" in members:
             found = self._value(_content(file, members[".json"]), where)
         else:
             wanted = ".txt or .json" if self._caption_key == "auto" else ".json"
-            message = (
-                f"no {wanted} among its files ({', '.join(sorted(members))}): the files of a sample must follow one "
-                "another and share their name up to its first point"
-            )
-            self.problems.add("no caption", where, message)
+            self.problems.add("no caption", where, _sample_problem(f"no {wanted}", members))
             return ()
         return tuple(caption for caption in found if self._has_text(caption, where))
 
@@ -236,6 +228,14 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _image_suffixes(members: dict[str, tarfile.TarInfo]) -> list[str]:
     return [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+
+
+def _sample_problem(what: str, members: dict[str, tarfile.TarInfo]) -> str:
+    """What is wrong with the files of a sample, and the remedy."""
+    return (
+        f"{what} among its files ({', '.join(sorted(members))}): the files of a sample must follow one another and "
+        "share their name up to its first point"
+    )
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:

@@ -68,8 +68,11 @@ def test_other_formats(tmp_path, jpeg):
         assert [record.captions for record in opened] == [("one",)]
 
     pq.write_table(pa.table({"image": [jpeg()], "alt": ["one"]}), tmp_path / "t.parquet")
-    (tmp_path / "without_suffix").write_bytes((tmp_path / "t.parquet").read_bytes())
-    for name in ("t.parquet", "without_suffix"):
+    for name in ("without_suffix", "t.txt", "t.csv"):
+        (tmp_path / name).write_bytes((tmp_path / "t.parquet").read_bytes())
+    (tmp_path / "t.pq").write_text(f"image\talt\n{tmp_path}/a.jpg\tone\n")
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    for name in ("t.parquet", "without_suffix", "t.txt", "t.csv", "t.pq"):
         opened = open_captions(tmp_path / name, caption_column="alt")
         assert type(opened) is CaptionTable
         assert [record.captions for record in opened] == [("one",)]
