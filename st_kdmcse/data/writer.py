@@ -140,7 +140,7 @@ class FeatureStoreWriter:
             text_features: (K, T) numbers, K captions in all, in the order of ``captions``.
 
         Raises:
-            ValueError: as :meth:`add`; what is written then is not to be relied on.
+            ValueError: as :meth:`add`. The store is then incomplete: let the error end the block.
         """
         if len(image_ids) != len(image_features) or len(image_ids) != len(captions):
             raise ValueError(f"{len(image_ids)} ids, {len(image_features)} images, {len(captions)} lists of captions")

@@ -34,8 +34,8 @@ class ExtractionOptions:
         split: part of the data set.
         image_column: of a table or a data set on the hub.
         caption_column: of the same.
-        captions_per_image: draw that many captions of each image; all.
-        limit: draw that many images; all.
+        captions_per_image: draw that many captions of each image; None takes all.
+        limit: draw that many images; None takes all.
         subset_seed: of both draws.
         on_error: "raise" refuses a data set with bad rows or unreadable images, "skip" leaves them out.
         teacher: see :func:`~st_kdmcse.teachers.load_teacher`.

@@ -38,7 +38,7 @@ def load_teacher(name: str, pretrained: str | None = None, text_teacher: str | N
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
-        ValueError: if the name says nothing, or does not go with ``pretrained``.
+        ValueError: if there is no teacher of that name, or it cannot be combined with ``pretrained``.
     """
     if text_teacher is not None:
         images = load_teacher(name, pretrained, **options)
