@@ -64,6 +64,7 @@ def write_summary(
         },
         "batch_size": 8,
         "learning_rate": 3e-5,
+        "bf16": False,
         "processes": 1,
         "steps": 10,
         "seed": seed,

@@ -21,7 +21,7 @@ from st_kdmcse.evaluation.visualize import (
     neighbours_text,
     plot_dropout_maps,
 )
-from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.files import atomic_file, check_output_file, write_json
 from st_kdmcse.provenance import model_identity, provenance
 
 PathOption = click.Path(path_type=Path)
@@ -100,5 +100,5 @@ def neighbours(
             source = f"Of {len(sentences):,} sentences of {corpus.name} (SHA-256 {record['data_sha256'][corpus.name]})"
             where = ", ".join(f"{label} = {path}" for label, path in names.items())
             text = f"{source}.\nModels: {where}.\n{record['date']}, st-kdmcse {record['versions']['st-kdmcse']}.\n\n"
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text + neighbours_markdown(queries, found), encoding="utf-8")
+            with atomic_file(output) as file:
+                file.write(text + neighbours_markdown(queries, found))

@@ -29,7 +29,7 @@ from st_kdmcse.experiments.document import (
 from st_kdmcse.experiments.figures import curves_figure, margin_figure, margin_of, measure_of, scores_figure
 from st_kdmcse.experiments.runs import Run, differing_settings
 from st_kdmcse.experiments.statistics import Summary, summarize
-from st_kdmcse.files import write_json
+from st_kdmcse.files import atomic_file, write_json
 from st_kdmcse.provenance import provenance
 
 _DASH = "–"
@@ -103,8 +103,9 @@ def _write(comparison: Comparison, output: str | Path, title: str, blocks: Seque
     check_output(output)
     document = [Heading(title, 1), *blocks]
     save_plots(document, output)
-    (output / "report.md").write_text(to_markdown(document), encoding="utf-8")
-    (output / "report.html").write_text(to_html(document, title), encoding="utf-8")
+    for name, text in (("report.md", to_markdown(document)), ("report.html", to_html(document, title))):
+        with atomic_file(output / name) as file:
+            file.write(text)
     write_json(output / "report.json", _json(comparison))
     return to_markdown([*_notes(comparison), *_score_tables(comparison)]).rstrip()
 

@@ -46,7 +46,7 @@ _SHARED_OPTIONS = (
     "eval_steps",
     "gather_across_devices",
 )
-_MEASURED = ("batch_size", "learning_rate", "processes", "steps")
+_MEASURED = ("batch_size", "learning_rate", "processes", "steps", "bf16")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ class Run:
             "method": self.summary["method"],
             **{name: options.get(name) for name in _SHARED_OPTIONS},
             **{name: self.summary[name] for name in _MEASURED},
-            "bf16": self.summary.get("bf16", options["bf16"]),  # older summaries have what was asked for only
             **{name: value for name, value in options["config"].items() if value != getattr(usual, name)},
             **{f"{name} data": checksum[:12] for name, checksum in sorted(self.summary["data_sha256"].items())},
         }

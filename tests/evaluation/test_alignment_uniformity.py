@@ -4,9 +4,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from helpers import WORDS, load_command
+from helpers import WORDS, load_command, with_large_weights
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy.stats import spearmanr
 
@@ -32,11 +31,7 @@ def pairs():
 
 @pytest.fixture
 def student(student):
-    """The student, with weights so large that embeddings are far apart and rounding does not decide about ranks."""
-    for weight in student.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3)
-    return student
+    return with_large_weights(student)
 
 
 def test_against_a_slow_loop(student, pairs):

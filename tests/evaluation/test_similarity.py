@@ -38,7 +38,7 @@ def test_the_second_time_nothing_is_tokenized(student, pairs, monkeypatch):
     assert student.training, "as it was before"
 
 
-def test_another_model_or_length_is_tokenized_anew(student, tiny_bert, pairs):
+def test_another_model_or_length_is_tokenized_again(student, tiny_bert, pairs):
     evaluator, stock = TokenizedSimilarityEvaluator(*pairs), EmbeddingSimilarityEvaluator(*pairs)
     evaluator(student)
     student.max_seq_length = 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import WORDS, copy_tree, load_command
+from helpers import WORDS, copy_tree, load_command, with_large_weights
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
@@ -46,11 +46,7 @@ def tasks():
 
 @pytest.fixture
 def student(student):
-    """The student, with weights so large that embeddings are far apart and rounding does not decide about ranks."""
-    for weight in student.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3)
-    return student
+    return with_large_weights(student)
 
 
 def stock(model, pairs):

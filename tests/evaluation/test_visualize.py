@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import load_command, without_dropout
+from helpers import load_command, with_large_weights, without_dropout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from st_kdmcse import build_student
@@ -62,9 +62,7 @@ def test_metrics_against_a_slow_loop(student, sentences):
 
 
 def test_the_map_is_deterministic_and_keeps_copies_together(student):
-    for weight in student.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3)
+    with_large_weights(student)
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.01

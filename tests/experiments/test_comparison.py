@@ -80,7 +80,7 @@ def test_a_second_report_evaluates_nothing(root, data):
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
-def test_other_weights_or_a_damaged_cache_are_scored_anew(root, data):
+def test_other_weights_or_a_damaged_cache_are_scored_again(root, data):
     tasks, (found, *_) = load_sts_tasks(data), find_runs([root / "mcse/seed-0"]).runs
     first = score_runs([found], tasks)[found.folder, "best"]
     cache = found.folder / "evaluation/sts-best.npz"
@@ -93,7 +93,7 @@ def test_other_weights_or_a_damaged_cache_are_scored_anew(root, data):
     assert not np.array_equal(again.similarities["STS12"], first.similarities["STS12"])
 
 
-def test_another_pooling_is_scored_anew_and_a_note_is_not(root, data):
+def test_another_pooling_is_scored_again_and_a_note_is_not(root, data):
     tasks, (found, *_) = load_sts_tasks(data), find_runs([root / "mcse/seed-0"]).runs
     first = score_runs([found], tasks)[found.folder, "best"]
     cache = found.folder / "evaluation/sts-best.json"
@@ -110,7 +110,7 @@ def test_another_pooling_is_scored_anew_and_a_note_is_not(root, data):
     assert not np.allclose(again.similarities["STS12"], first.similarities["STS12"], atol=1e-3)
 
 
-def test_other_pairs_are_scored_anew(root, data, tmp_path):
+def test_other_pairs_are_scored_again(root, data, tmp_path):
     found = find_runs([root / "mcse/seed-0"]).runs
     few = load_sts_tasks(data, ["STS-B"])
     assert list(score_runs(found, few)[found[0].folder, "best"].spearman) == ["STS-B"]
