@@ -25,6 +25,7 @@ __all__ = [
     "cosine_similarity_matrix",
     "dot_product_matrix",
     "info_nce",
+    "info_nce_with_margin",
     "positive_mask",
     "threshold_filter",
     "uniformity",
@@ -74,15 +75,18 @@ def info_nce_with_margin(
     """InfoNCE with one angular margin on every negative: the text loss of the authors' released code.
 
     Args:
-        anchors: (N, D).
-        candidates: (M, D); the positive of anchor i is row ``positive_offset + i``.
-        margin: in radians, in [0, pi]; 0 is :func:`info_nce`.
-        temperature: divides the cosines, > 0.
+        anchors: (N, d).
+        candidates: (M, d).
+        margin: in radians, from 0 (:func:`info_nce`) to pi.
+        temperature: > 0.
         guard: apply the margin only to negatives whose angle exceeds it.
-        positive_offset: row of the first anchor's positive.
+        positive_offset: the candidate of anchor 0.
 
     Returns:
-        The mean over the anchors, a scalar.
+        A scalar, the mean over the anchors.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a margin or temperature out of range.
     """
     if margin == 0:
         return info_nce(anchors, candidates, temperature, positive_offset=positive_offset)

@@ -150,7 +150,7 @@ def _attention(
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' signature; used without a look at its values, for which a GPU would have to wait."""
+    """The mask of transformers' signature. Its values are not checked: a GPU would have to finish its work first."""
     if attention_mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
     made: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

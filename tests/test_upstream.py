@@ -91,11 +91,19 @@ def test_training_reaches_the_hook(trainer, hook, method):
     assert trainer.reached[-1] == "after_training", f"{MEND}the loop ends outside of _inner_training_loop"
 
 
-def test_resuming_and_loading_the_best_model_reach_the_hook(trainer, tmp_path):
+def test_resuming_reaches_the_hook(trainer, tmp_path):
     trainer.train()
     assert "load_extra" not in trainer.reached
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "load_extra" in trainer.reached, f"{MEND}resuming does not call _load_from_checkpoint any more"
+
+
+def test_loading_the_best_model_reaches_the_hook(trainer, tmp_path):
+    trainer.train()
+    assert "load_extra" not in trainer.reached
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    trainer._load_best_model()
+    assert "load_extra" in trainer.reached, f"{MEND}_load_best_model does not call _load_from_checkpoint any more"
 
 
 def test_clipping_takes_the_parameters_that_it_is_given(trainer):

@@ -63,7 +63,7 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
         super().__init__(model, *args, **kwargs)
         for name, value in (("mini_batch_size", mini_batch_size), ("chunk_rows", chunk_rows)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
         self.mini_batch_size = mini_batch_size
         self.chunk_rows = chunk_rows
         self.show_progress_bar = show_progress_bar

@@ -42,6 +42,10 @@ class GroundedLoss(TwoViewLoss):
         teacher_dim: T, the width of the teacher features; None is that of ``features``, or 512 (CLIP ViT-B/32) without.
         features: the store that row numbers refer to.
         gather_across_devices: use the batches of all processes as candidates.
+
+    Raises:
+        ValueError: if ``teacher_dim`` is below 1 or not the width of ``features``, if a threshold is "auto" without
+            ``features``, or if the options compare images with texts of two teachers.
     """
 
     keep_features_on_device = True
@@ -59,14 +63,18 @@ class GroundedLoss(TwoViewLoss):
         super().__init__(model, gather_across_devices)
         if features is not None and teacher_dim not in (None, features.dim):
             raise ValueError(
-                f"the features at {features.path} have {features.dim} dimensions and teacher_dim is {teacher_dim}: "
-                "leave teacher_dim out"
+                f"the features at {features.path} have {features.dim} dimensions and `teacher_dim` is {teacher_dim}: "
+                "leave `teacher_dim` out"
             )
+        if teacher_dim is None:
+            teacher_dim = DEFAULT_TEACHER_DIM if features is None else features.dim
+        if teacher_dim < 1:
+            raise ValueError(f"`teacher_dim` must be at least 1, got {teacher_dim}")
         if features is not None and not features.shared_space:
             _check_comparisons(config, modalities, features)
         self.config = _with_thresholds(config, features)
         self.modalities = tuple(modalities)
-        self.teacher_dim = teacher_dim or (DEFAULT_TEACHER_DIM if features is None else features.dim)
+        self.teacher_dim = teacher_dim
         self.features = features
         self._resident: tuple[torch.device, ResidentFeatures | None] | None = None
         self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
@@ -140,7 +148,7 @@ class GroundedLoss(TwoViewLoss):
         if labels.ndim != 2 or labels.shape[1] != 2 * self.teacher_dim:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} are neither row numbers (N, 1) nor image and text features "
-                f"(N, {2 * self.teacher_dim}) of a teacher with teacher_dim={self.teacher_dim}. (MatryoshkaLoss cuts "
+                f"(N, {2 * self.teacher_dim}) of a teacher with `teacher_dim` {self.teacher_dim}. (MatryoshkaLoss cuts "
                 "off features whose total width is that of the model: use row numbers of a feature store there)"
             )
         finite = labels.isfinite().all(dim=1)
@@ -216,23 +224,23 @@ class GroundedLoss(TwoViewLoss):
     def _image_numbers(self, image_ids: Tensor | Sequence[Hashable] | None) -> Tensor:
         if image_ids is None:
             raise ValueError(
-                "remove_same_image needs image_ids: train with row numbers of a feature store, or pass them"
+                "`remove_same_image` needs `image_ids`: train with row numbers of a feature store, or pass them"
             )
         if isinstance(image_ids, Tensor):
             return image_ids
         if self.gathers:
-            raise ValueError("across devices image_ids must be a tensor of integers that mean the same everywhere")
+            raise ValueError("across devices `image_ids` must be a tensor of integers that mean the same everywhere")
         number: dict[Hashable, int] = {}
         return torch.tensor([number.setdefault(image, len(number)) for image in image_ids])
 
     def _check_features(self, features: AnchorTensors, count: int) -> None:
         for name in self.modalities:
             if name not in features:
-                raise ValueError(f"{type(self).__name__} needs {name}_features as well")
+                raise ValueError(f"{type(self).__name__} needs `{name}_features` as well")
         for given, values in features.items():
             if values.shape != (count, self.teacher_dim):
                 raise ValueError(
-                    f"{given}_features must have shape {(count, self.teacher_dim)} (sentences, teacher_dim), "
+                    f"`{given}_features` must have shape {(count, self.teacher_dim)} (sentences, teacher_dim), "
                     f"got {tuple(values.shape)}"
                 )
 
@@ -244,7 +252,7 @@ class GroundedLoss(TwoViewLoss):
             )
         if self.features is None:
             raise ValueError(
-                f"the labels are row numbers, and {type(self).__name__} has no feature store: pass features=store"
+                f"the labels are row numbers, and {type(self).__name__} has no feature store: give `features`"
             )
         if resident := self._resident_features(device):
             images, texts, image_ids = resident.gather(rows)
@@ -272,7 +280,7 @@ def _sides(kind: SoftLabel, rows: AnchorTensors, candidates: AnchorTensors) -> t
     anchor, candidate = kind.split("-")
     for name in (anchor, candidate):
         if name not in rows:
-            raise ValueError(f"the soft label {kind} needs {name}_features as well")
+            raise ValueError(f"the soft label {kind} needs `{name}_features` as well")
     return rows[anchor], candidates[candidate]
 
 
@@ -286,7 +294,7 @@ def _check_comparisons(config: KDMCSEConfig, modalities: Sequence[Modality], fea
             kind = getattr(config, option)
             if is_read and kind not in ("text-text", "image-image"):
                 raise ValueError(
-                    f"{option} is {kind!r}, but the images and texts of {features.path} come from two teachers "
+                    f"`{option}` is {kind!r}, but the images and texts of {features.path} come from two teachers "
                     f"({features.teacher}), which cannot be compared: choose 'image-image' or 'text-text'"
                 )
 
@@ -296,7 +304,7 @@ def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDM
     if "auto" not in (config.image_threshold, config.text_threshold):
         return config
     if features is None:
-        raise ValueError('a threshold of "auto" is read off a feature store: pass features=store, or a number')
+        raise ValueError('a threshold of "auto" is read off a feature store: give `features`, or a number')
     from st_kdmcse.data.scores import true_pair_score
 
     changes: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from st_kdmcse.files import write_json
 
 HEADS_DIR = "heads"
 """The folder beside a saved model that holds its heads."""
@@ -60,7 +61,7 @@ def save_heads(heads: nn.ModuleDict, path: str | Path, config: Mapping[str, obje
     path.mkdir(parents=True, exist_ok=True)
     shapes = {name: list(value.shape) for name, value in heads.state_dict().items()}
     save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, path / WEIGHTS_NAME)
-    (path / CONFIG_NAME).write_text(json.dumps({**config, "shapes": shapes}, indent=2) + "\n", encoding="utf-8")
+    write_json(path / CONFIG_NAME, {**config, "shapes": shapes})
 
 
 def load_heads(heads: nn.ModuleDict, path: str | Path) -> None:
@@ -86,8 +87,8 @@ def load_heads(heads: nn.ModuleDict, path: str | Path) -> None:
     ]
     if problems:
         raise ValueError(
-            f"{file} does not fit this loss: {'; '.join(sorted(problems))}. Build the loss with the model, teacher_dim "
-            "and projection_dim that it was trained with"
+            f"{file} does not fit this loss: {'; '.join(sorted(problems))}. Build the loss with the model, "
+            "`teacher_dim` and `projection_dim` that it was trained with"
         )
     heads.load_state_dict(saved)
 

@@ -56,7 +56,7 @@ class MultimodalInputExample(InputExample):
         """(2 T,) float32 features, or (1,) int64 row.
 
         Raises:
-            ValueError: if the example is incomplete, over-complete, not finite, or of unequal widths.
+            ValueError: if a part of the example is missing, given twice, not finite, or of another width.
         """
         problem = self.problem()
         if problem:
@@ -73,31 +73,31 @@ class MultimodalInputExample(InputExample):
         halves = {"image_features": self.image_features, "text_features": self.text_features}
         if self.row is not None:
             if any(half is not None for half in halves.values()):
-                return "give features or a row, not both"
+                return "give features or `row`, not both"
             if isinstance(self.row, bool) or not isinstance(self.row, int | np.integer) or self.row < 0:
-                return f"row must be a whole number >= 0, got {self.row!r}"
+                return f"`row` must be a whole number >= 0, got {self.row!r}"
             return None
         for name, half in halves.items():
             if half is None and self.image is not None:
-                return f"{name} is missing: call attach_features(examples, teacher) first"
+                return f"`{name}` is missing: call attach_features(examples, teacher) first"
             if half is None:
-                return f"{name} is missing (a teacher gives both; or give row)"
+                return f"`{name}` is missing: give both features, or `row`"
             array = np.asarray(half)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "fiu":
-                return f"{name} must be a vector of numbers, got shape {array.shape} of {array.dtype}"
+                return f"`{name}` must be a vector of numbers, got shape {array.shape} of {array.dtype}"
             # Checked as float32: a float64 value beyond its range would become infinite on the way to the loss.
             with np.errstate(over="ignore"):
                 if not np.isfinite(array.astype(np.float32)).all():
-                    return f"{name} holds NaN or infinite values"
+                    return f"`{name}` holds NaN or infinite values"
         widths = [np.asarray(half).size for half in halves.values()]
         if widths[0] != widths[1]:
-            return f"image_features have {widths[0]} dimensions, text_features {widths[1]}"
+            return f"`image_features` have {widths[0]} dimensions, `text_features` {widths[1]}"
         return None
 
     def text_problem(self) -> str | None:
         """What is wrong with ``texts``, None if nothing is."""
         if isinstance(self.texts, str) or len(self.texts) != 1 or not isinstance(self.texts[0], str):
-            return f"texts must be a list of one string, got {self.texts!r}"
+            return f"`texts` must be a list of one string, got {self.texts!r}"
         return None
 
     def __str__(self) -> str:
@@ -134,7 +134,7 @@ def check_examples(
         if problem is None and (example.row is not None) != by_row:
             problem = "the loader mixes rows and features: use one of them"
         if problem is None and by_row and features is None:
-            problem = "it refers to a row, and the loss has no feature store (pass features=store to the loss)"
+            problem = "it refers to a row, and the loss has no feature store: give the loss `features`"
         if problem is None and by_row and features is not None and example.row is not None:
             if example.row >= len(features):
                 problem = f"row {example.row} is outside of the store, which has {len(features)} rows"
@@ -144,7 +144,7 @@ def check_examples(
             if width != teacher_dim:
                 problem = (
                     f"its features have {width} dimensions, expected {teacher_dim}: make the loss with "
-                    f"teacher_dim={width}, or give features of one teacher"
+                    f"`teacher_dim` {width}, or give features of one teacher"
                 )
         if problem:
             raise ValueError(f"example {position} {example}: {problem}")

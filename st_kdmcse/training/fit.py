@@ -60,7 +60,7 @@ def fit_objectives(
             raise ValueError(
                 f"{len(texts)} sentences and {len(pairs)} pairs at one pair batch in {every} leave {len(source)} "
                 f"{name} for a loader, fewer than the batch size of {batch_size}: take smaller batches or another "
-                "pair_every"
+                "`pair_every`"
             )
     count = max(-(-len(source) // batch_size) for source in sources) * batch_size
     return [

@@ -37,7 +37,7 @@ def pair_interval(sentences: int, pairs: int, every: int | None = None) -> int:
     if every is None:
         return max(2, -(-sentences // pairs))
     if every < 2:
-        raise ValueError(f"pair_every must be at least 2 (a pair batch at every second step), got {every}")
+        raise ValueError(f"`pair_every` must be at least 2 (a pair batch at every second step), got {every}")
     return every
 
 

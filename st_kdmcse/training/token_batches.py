@@ -1,4 +1,4 @@
-"""Batches from tokens that are on disk: what the collator would make, without reading and tokenizing sentences."""
+"""Batches from tokens on disk: those of the collator, without reading and tokenizing sentences again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TokenBatches(torch.utils.data.Dataset[dict[str, Any]]):
             show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
 
         Raises:
-            ValueError: if the batches would be others than the collator's; says why.
+            ValueError: if the batches would differ from those of the collator, with the reason.
         """
         if type(collator) is not KDMCSEDataCollator or collator.preprocess_fn != model.preprocess:
             raise ValueError("the collator is not the usual one")

@@ -157,7 +157,7 @@ class KDMCSETrainer(HookedTrainer):
         return loader
 
     def _check_rows(self) -> None:
-        """Refuse rows that the features do not have: a GPU, which gathers them, could not name them."""
+        """Refuse rows that the features do not have. On a GPU, a gather that fails does not tell the row."""
         features = [getattr(loss, "features", None) for loss in self.head_losses]
         limit = min((len(store) for store in features if store is not None), default=None)
         for name, dataset in (self.train_dataset or {}).items():
@@ -171,7 +171,7 @@ class KDMCSETrainer(HookedTrainer):
                     )
 
     def training_batches(self, loader: DataLoader[Any], dataset: DatasetDict) -> DataLoader[Any]:
-        """Batches from tokens on disk, if they equal the collator's; else the stock loader."""
+        """Batches from tokens on disk if they equal those of the collator, and the stock loader if not."""
         if not self.pretokenize:
             return loader
         try:
@@ -194,7 +194,7 @@ class KDMCSETrainer(HookedTrainer):
 
     @contextmanager
     def around_training(self) -> Iterator[None]:
-        """Leave padding out of what the student computes, or at least use masks without a look at them."""
+        """Leave padding out of what the student computes; where that is impossible, do not check its masks."""
         unpad = self.args.device.type == "cpu" if self.unpad is None else self.unpad
         with ExitStack() as stack:
             try:
@@ -286,7 +286,7 @@ def check_compilation(mode: str | None, unpad: bool | None, in_parts: bool) -> N
             part overwrites (PyTorch's issue 169545).
     """
     if unpad:
-        raise ValueError("unpad and compilation exclude each other: batches without padding have no static shapes")
+        raise ValueError("`unpad` and compilation exclude each other: batches without padding have no static shapes")
     if in_parts and mode in CUDA_GRAPH_MODES:
         raise ValueError(
             f"compiled with mode {mode}, a CUDA graph overwrites gradients that are added up over parts of a batch: "

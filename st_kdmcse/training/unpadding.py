@@ -1,4 +1,4 @@
-"""Encoders that leave padding out of what they compute, and attention masks that no step waits for."""
+"""Encoders that leave padding out of what they compute, and attention masks that no step checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from st_kdmcse.upstream import ATTENTION, Packing, attention_of, token_positions
 
 ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "electra"})
-"""Types of encoders in which tokens meet nowhere but in attention, and positions are counted or learned."""
+"""Types of encoders in which tokens meet only in attention, and positions are counted or learned."""
 
 _ALL_LAYERS = "all_layer_embeddings"
 _WORTH_IT = 1 / 16  # the share of padding from which leaving it out pays for moving tokens about
@@ -40,7 +40,8 @@ def unpadded(model: SentenceTransformer) -> Iterator[None]:
             scaled-dot-product attention (the default of transformers), not compiled.
 
     Raises:
-        ValueError: if the encoder is of another type, or its embeddings differ without padding; says which.
+        ValueError: if the encoder is of another type, or its embeddings differ without padding; the message
+            names the cause.
 
     Example:
         ::
@@ -62,16 +63,16 @@ def unpadded(model: SentenceTransformer) -> Iterator[None]:
 
 @contextmanager
 def unchecked_masks(model: SentenceTransformer) -> Iterator[None]:
-    """Use attention masks without a look at their values inside of the block.
+    """Use attention masks inside of the block without checking their values.
 
-    transformers looks at each forward pass whether anything is masked. A GPU must then finish its work before it gets
-    more.
+    In each forward pass, transformers checks whether anything is masked. A GPU must finish its work before it
+    can answer.
 
     Args:
         model: as for :func:`unpadded`.
 
     Raises:
-        ValueError: if the encoder is of another type; says which.
+        ValueError: if the encoder is of another type. The message names it.
     """
     encoder = _encoder(model)
     encoder.set_attn_implementation(ATTENTION)

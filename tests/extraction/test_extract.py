@@ -471,7 +471,7 @@ def test_captions_of_another_teacher(tmp_path, photo_set, tiny_open_clip, tiny_c
     assert (store.dim, store.shared_space) == (24, False)
     assert not store.image_features[:, 20:].any()
     with pytest.raises(
-        ValueError, match=r"image_soft_label is 'text-image'.*two teachers.*'image-image' or 'text-text'"
+        ValueError, match=r"`image_soft_label` is 'text-image'.*two teachers.*'image-image' or 'text-text'"
     ):
         KDMCSELoss(student, KDMCSEConfig.paper(), teacher_dim=24, features=store)
     within = KDMCSEConfig(image_soft_label="image-image", image_filter="image-image")

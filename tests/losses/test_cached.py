@@ -328,7 +328,7 @@ def test_it_works_inside_matryoshka(exact_student, sentences, store, n_dims_per_
 
 @pytest.mark.parametrize("name", ["mini_batch_size", "chunk_rows"])
 def test_sizes_below_one_are_refused(student, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
         CachedKDMCSELoss(student, **{name: 0})
 
 

@@ -183,13 +183,13 @@ def test_labels_that_do_not_fit_are_refused(student, sentences, labels, message)
 
 
 def test_features_that_do_not_fit_are_refused(student, store):
-    with pytest.raises(ValueError, match="have 8 dimensions and teacher_dim is 512"):
+    with pytest.raises(ValueError, match="have 8 dimensions and `teacher_dim` is 512"):
         KDMCSELoss(student, teacher_dim=512, features=store)
     loss = KDMCSELoss(student, teacher_dim=T)
     views, image, text = batch()
-    with pytest.raises(ValueError, match="needs text_features"):
+    with pytest.raises(ValueError, match="needs `text_features`"):
         loss.compute_loss_from_embeddings(tuple(views), image_features=image)
-    with pytest.raises(ValueError, match="image_features must have shape"):
+    with pytest.raises(ValueError, match="`image_features` must have shape"):
         loss.compute_loss_from_embeddings(tuple(views), image[:, :2], text)
 
 
@@ -245,8 +245,13 @@ def test_the_width_of_the_teacher_is_that_of_the_store(student, store, make):
     assert make(student, features=store).teacher_dim == store.dim
     assert make(student, features=store, teacher_dim=store.dim).teacher_dim == store.dim
     assert make(student).teacher_dim == 512
-    with pytest.raises(ValueError, match=f"have {store.dim} dimensions and teacher_dim is 512: leave teacher_dim out"):
+    with pytest.raises(
+        ValueError, match=f"have {store.dim} dimensions and `teacher_dim` is 512: leave `teacher_dim` out"
+    ):
         make(student, features=store, teacher_dim=512)
+    for width in (0, -3):
+        with pytest.raises(ValueError, match=f"`teacher_dim` must be at least 1, got {width}"):
+            make(student, teacher_dim=width)
 
 
 def test_a_plain_sentence_transformer_is_a_student_too(tiny_bert, sentences):

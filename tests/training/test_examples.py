@@ -32,16 +32,16 @@ def test_a_row_becomes_the_label():
 
 
 BAD = {
-    "missing half": (by_value(text_features=None), "text_features is missing"),
-    "other half": (by_value(image_features=None), "image_features is missing"),
-    "nothing": (MultimodalInputExample(texts=["A dog ."]), "image_features is missing"),
-    "NaN": (by_value(image_features=[1, np.nan, 3, 4]), "image_features holds NaN"),
-    "infinite": (by_value(text_features=[1, 2, 3, 1e300]), "text_features holds NaN or infinite"),
+    "missing half": (by_value(text_features=None), "`text_features` is missing"),
+    "other half": (by_value(image_features=None), "`image_features` is missing"),
+    "nothing": (MultimodalInputExample(texts=["A dog ."]), "`image_features` is missing"),
+    "NaN": (by_value(image_features=[1, np.nan, 3, 4]), "`image_features` holds NaN"),
+    "infinite": (by_value(text_features=[1, 2, 3, 1e300]), "`text_features` holds NaN or infinite"),
     "matrix": (by_value(image_features=np.ones((1, 4))), "must be a vector"),
-    "unequal": (by_value(text_features=[1, 2, 3]), "image_features have 4 dimensions, text_features 3"),
+    "unequal": (by_value(text_features=[1, 2, 3]), "`image_features` have 4 dimensions, `text_features` 3"),
     "both": (by_value(row=1), "not both"),
-    "negative row": (MultimodalInputExample(texts=["A dog ."], row=-1), "row must be"),
-    "fractional row": (MultimodalInputExample(texts=["A dog ."], row=1.5), "row must be"),
+    "negative row": (MultimodalInputExample(texts=["A dog ."], row=-1), "`row` must be"),
+    "fractional row": (MultimodalInputExample(texts=["A dog ."], row=1.5), "`row` must be"),
     "bare string": (by_value(texts="A dog ."), "list of one string"),
     "two texts": (by_value(texts=["A dog .", "A cat ."]), "list of one string"),
 }
@@ -49,9 +49,9 @@ BAD = {
 
 def test_an_example_with_an_image_is_told_to_attach_features():
     example = MultimodalInputExample(texts=["A dog runs ."], image="dog.jpg")
-    with pytest.raises(ValueError, match=r"example 0 .*image_features is missing: call attach_features\(examples"):
+    with pytest.raises(ValueError, match=r"example 0 .*`image_features` is missing: call attach_features\(examples"):
         check_examples([example])
-    with pytest.raises(ValueError, match="text_features is missing: call attach_features"):
+    with pytest.raises(ValueError, match="`text_features` is missing: call attach_features"):
         _ = by_value(image="dog.jpg", text_features=None).label
     assert by_value(image="dog.jpg").label.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -294,7 +294,7 @@ def damage(path, change):
         (None, {"max-steps": 0}, "--max-steps must be positive"),
         (None, {"pair-every": 1}, "--pair-every must be at least 2"),
         (None, {"mini-batch-size": -1}, "--mini-batch-size must not be negative"),
-        (None, {"compile": "default", "unpad": True}, "unpad and compilation exclude each other"),
+        (None, {"compile": "default", "unpad": True}, "--unpad and compilation exclude each other"),
         (None, {"compile": "reduce-overhead", "mini-batch-size": 4}, "overwrites gradients"),
         (lambda d: (d / "text.txt").write_bytes(b""), {}, "text.txt"),
         (lambda d: (d / "text.txt").write_bytes(b"fine\ncaf\xe9\n"), {}, "text.txt, line 2"),

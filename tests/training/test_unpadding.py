@@ -302,7 +302,7 @@ def test_an_encoder_that_cannot_is_trained_with_padding(tiny_bert, uneven, store
 
 
 def test_it_excludes_a_compiled_student(tiny_bert, uneven, store, tmp_path):
-    with pytest.raises(ValueError, match="unpad and compilation exclude each other"):
+    with pytest.raises(ValueError, match="`unpad` and compilation exclude each other"):
         make_trainer(str(tiny_bert), tmp_path, uneven, store, True, torch_compile=True)
 
 
