@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
 from st_kdmcse.files import progress_bar
+from st_kdmcse.precision import Precision, autocast, resolve_precision
 
 Matrix = npt.NDArray[np.float32]
 Read = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -24,6 +25,7 @@ Read = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 """Tokens of a batch, padding included, by type of device."""
 _LENGTHS_AT_A_TIME = 10_000
+_WORTH_CONVERTING = 64  # texts from which faster products pay for converting the weights
 
 
 class SentenceEmbeddings:
@@ -84,8 +86,9 @@ def encode_distinct(
     batch_tokens: int | None = None,
     show_progress_bar: bool | None = None,
     where: Callable[[int], str] | None = None,
+    precision: Precision = "float32",
 ) -> SentenceEmbeddings:
-    """Encode each distinct sentence once, in float32.
+    """Encode each distinct sentence once.
 
     A batch holds sentences of similar length and a fixed number of tokens, so that there is little padding.
 
@@ -95,15 +98,17 @@ def encode_distinct(
         batch_tokens: tokens a batch, padding included; 1,024 on a CPU, 16,384 elsewhere.
         show_progress_bar: None shows one in a terminal, after two seconds.
         where: describes a sentence by its number, such as "sts-dev.csv, line 7", for the error message.
+        precision: of the matrix products; "auto" is bfloat16 where that is faster. Embeddings are float32 all the same.
 
     Returns:
         The embeddings, to be called with any of the sentences.
 
     Raises:
-        ValueError: if there is no sentence, or an embedding is not finite; names the sentence.
+        ValueError: if there is no sentence, the device has no such precision, or an embedding is not finite; names the
+            sentence.
     """
     read = lambda output: {"": output["sentence_embedding"]}  # noqa: E731
-    return encode_distinct_each(model, sentences, read, batch_tokens, show_progress_bar, where)[""]
+    return encode_distinct_each(model, sentences, read, batch_tokens, show_progress_bar, where, precision)[""]
 
 
 def encode_distinct_each(
@@ -113,6 +118,7 @@ def encode_distinct_each(
     batch_tokens: int | None = None,
     show_progress_bar: bool | None = None,
     where: Callable[[int], str] | None = None,
+    precision: Precision = "float32",
 ) -> dict[str, SentenceEmbeddings]:
     """Like :func:`encode_distinct`, for several embeddings from the same forward pass.
 
@@ -123,6 +129,7 @@ def encode_distinct_each(
         batch_tokens: tokens a batch.
         show_progress_bar: None shows one in a terminal, after two seconds.
         where: describes a sentence by its number.
+        precision: as for :func:`encode_distinct`.
 
     Returns:
         Embeddings by the names that ``read`` gives.
@@ -134,7 +141,8 @@ def encode_distinct_each(
         raise ValueError("there are no sentences to encode")
     distinct = list(dict.fromkeys(sentences))
     batches = token_batches(model, distinct, batch_tokens)
-    with progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress:
+    computing = autocast(encoding_precision(model, precision, len(distinct)), model.device)
+    with progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress, computing:
         found = encode_batches(model, batches, len(distinct), read, progress.update)
     for name, matrix in found.items():
         _check_finite(name, matrix, distinct, sentences, where)
@@ -142,15 +150,20 @@ def encode_distinct_each(
 
 
 def encode_documents(
-    model: SentenceTransformer, texts: Sequence[str], pool: Any = None, show_progress_bar: bool | None = None
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    pool: Any = None,
+    show_progress_bar: bool | None = None,
+    precision: Precision = "float32",
 ) -> Matrix:
     """Embeddings of texts to be found.
 
     Args:
         model: any sentence-transformers model; its prompt for documents is put before each text.
         texts: n texts, with repetitions.
-        pool: processes of ``model.start_multi_process_pool`` to share the work.
+        pool: processes of ``model.start_multi_process_pool`` to share the work, started :func:`in_precision`.
         show_progress_bar: None shows one in a terminal, after two seconds; with a pool there is no bar.
+        precision: as for :func:`encode_distinct`.
 
     Returns:
         (n, dimension) float32 of length 1.
@@ -158,12 +171,62 @@ def encode_documents(
     Raises:
         ValueError: if a text is empty or an embedding is not finite; names the text.
     """
-    return _encode_normalized(model, model.encode_document, texts, "text", pool, show_progress_bar)
+    return _encode_normalized(model, model.encode_document, texts, "text", pool, show_progress_bar, precision)
 
 
-def encode_queries(model: SentenceTransformer, queries: Sequence[str]) -> Matrix:
+def encode_queries(model: SentenceTransformer, queries: Sequence[str], precision: Precision = "float32") -> Matrix:
     """Embeddings of queries, as :func:`encode_documents`, with the model's prompt for queries."""
-    return _encode_normalized(model, model.encode_query, queries, "query", None, False)
+    return _encode_normalized(model, model.encode_query, queries, "query", None, False, precision)
+
+
+def encoding_precision(model: SentenceTransformer, precision: Precision, count: int) -> Literal["float32", "bfloat16"]:
+    """The precision that some texts are encoded in; "auto" is float32 where they are few.
+
+    Args:
+        model: that encodes them.
+        precision: what is asked for.
+        count: of the texts.
+
+    Raises:
+        ValueError: for an unknown precision, or one that the device does not have.
+    """
+    few = precision == "auto" and count < _WORTH_CONVERTING
+    return resolve_precision("float32" if few else precision, model.device)
+
+
+@contextmanager
+def in_precision(model: SentenceTransformer, precision: str) -> Iterator[None]:
+    """Let copies of a model that other processes get inside of the block compute in a precision.
+
+    Args:
+        model: any sentence-transformers model.
+        precision: "float32" or "bfloat16".
+    """
+    computing = _Autocast(precision)
+    hooks = (
+        model.register_forward_pre_hook(computing.enter),
+        model.register_forward_hook(computing.leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Autocast:
+    """Hooks that turn autocast on for a forward pass; they are pickled with the model."""
+
+    def __init__(self, precision: str) -> None:
+        self._precision = precision
+        self._entered: list[torch.autocast] = []
+
+    def enter(self, model: SentenceTransformer, _: Any) -> None:
+        self._entered.append(autocast(self._precision, model.device))
+        self._entered[-1].__enter__()
+
+    def leave(self, *_: Any) -> None:
+        self._entered.pop().__exit__(None, None, None)
 
 
 def _encode_normalized(
@@ -173,6 +236,7 @@ def _encode_normalized(
     what: str,
     pool: Any,
     show: bool | None,
+    precision: Precision,
 ) -> Matrix:
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
@@ -191,7 +255,10 @@ def _encode_normalized(
         for rows in length_batches(lengths, _token_budget(model)):
             yield rows, {"": encode([distinct[row] for row in rows], batch_size=len(rows), **settings)}
 
-    with progress_bar(len(distinct), "Encoding", "text", show if pool is None else False) as progress, _in_eval(model):
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar(len(distinct), "Encoding", "text", show if pool is None else False))
+        stack.enter_context(_in_eval(model))
+        stack.enter_context(autocast(encoding_precision(model, precision, len(distinct)), model.device))
         found = _collect(batches(), len(distinct), progress.update)
     _check_finite("", found[""], distinct, texts, None)
     return SentenceEmbeddings(distinct, found[""])(texts)

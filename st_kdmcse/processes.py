@@ -16,6 +16,11 @@ def cpu_only() -> bool:
     return not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
+def device_type() -> str:
+    """The type of the device that models run on by default: "cuda", "mps" or "cpu"."""
+    return "cpu" if cpu_only() else "cuda" if torch.cuda.is_available() else "mps"
+
+
 def processes() -> PartialState:
     """This process among those that ``torchrun`` started: its number, its device, and a barrier."""
     state = PartialState(cpu=cpu_only())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.trainer_pt_utils import nested_gather
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 __all__ = [
     "ATTENTION",
@@ -35,6 +36,7 @@ __all__ = [
     "attention_of",
     "backward_of_mini_batches",
     "embed_columns",
+    "leave_autocast",
     "nested_gather",
     "shrink",
     "token_positions",
@@ -69,9 +71,18 @@ class HookedTrainer(SentenceTransformerTrainer):
         """Load the model of a checkpoint and its extras, without the state of training."""
         self._load_from_checkpoint(str(checkpoint))
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The stock loop; in autocast, the weights are converted once for all batches and not at each."""
+        with self.accelerator.autocast():
+            output: EvalLoopOutput = super().evaluation_loop(*args, **kwargs)
+        return output
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with self.around_training():
-            output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        try:
+            with self.around_training():
+                output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        finally:
+            leave_autocast(self.model)
         return output
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -90,6 +101,17 @@ class HookedTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.load_extra(Path(checkpoint_path))
         super()._load_from_checkpoint(checkpoint_path)
+
+
+def leave_autocast(model: nn.Module) -> None:
+    """Let a model compute in the precision of its weights again: accelerate leaves autocast in it after training.
+
+    Args:
+        model: that was trained; trained once more, it gets autocast again.
+    """
+    if hasattr(model, "_original_forward"):
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        vars(model).pop("_is_accelerate_prepared", None)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 import pytest
 import torch
-from helpers import WORDS, data_folder
+from helpers import WORDS, cpu_with_bfloat16, data_folder
 from photo_set import IMAGES, make_images
 from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
 
 from st_kdmcse import FeatureStore, build_student
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default():
+    """What tests compare must not depend on the CPU that they run on; where bfloat16 is meant, they say so."""
+    with cpu_with_bfloat16(False):
+        yield
+
+
+@pytest.fixture
+def bfloat16():
+    """A CPU that is faster at bfloat16, whatever the real one is."""
+    with cpu_with_bfloat16(True):
+        yield
 
 
 @pytest.fixture(scope="session")

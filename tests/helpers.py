@@ -4,9 +4,13 @@ import os
 import runpy
 import shutil
 import socket
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+
+from st_kdmcse import precision
 
 WORDS = "a the two dog dogs man woman child runs plays sits on in of grass beach ball red blue small large snow".split()
 
@@ -15,6 +19,19 @@ def data_folder() -> Path:
     """Where real data is, if there is any."""
     default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
     return Path(os.environ.get("ST_KDMCSE_DATA", default))
+
+
+@contextmanager
+def cpu_with_bfloat16(faster: bool):
+    """Take the CPU for one that is faster at bfloat16, or that has no instructions for it."""
+    times = {torch.float32: 3.0, torch.bfloat16: 1.0}
+    with (
+        patch.object(precision, "_lacks_instructions", lambda: not faster),
+        patch.object(precision, "_seconds", times.__getitem__),
+    ):
+        precision.bfloat16_is_faster.cache_clear()
+        yield
+    precision.bfloat16_is_faster.cache_clear()
 
 
 def copy_tree(source: Path, target: Path) -> Path:

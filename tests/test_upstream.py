@@ -189,3 +189,21 @@ def test_token_positions_are_those_of_the_encoder(request, encoder, sentences):
 def test_nested_gather_keeps_tensors_of_one_process():
     given = {"loss": torch.tensor([1.0, 2.0])}
     assert torch.equal(upstream.nested_gather(given, parallel_mode=None)["loss"], given["loss"])
+
+
+def test_a_model_leaves_autocast_after_training_and_gets_it_again(student, sentences, tmp_path):
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, bf16=True, report_to="none"
+    )
+    data = DatasetDict(text=Dataset.from_dict({"sentence": sentences[:16]}))
+    trainer = Recorder(student, arguments, data, loss=SimCSELoss(student))
+    computed = set()
+    layer = student[0].auto_model.encoder.layer[0].output.dense
+    layer.register_forward_hook(lambda _, __, output: computed.add(output.dtype))
+    for _ in range(2):
+        computed.clear()
+        trainer.train()
+        assert torch.bfloat16 in computed, f"{MEND}training is not in autocast"
+        computed.clear()
+        student.encode(sentences[:2])
+        assert computed == {torch.float32}, f"{MEND}the model computes in autocast after training"

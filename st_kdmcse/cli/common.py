@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from st_kdmcse.data import BadRowError
 
-_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
+_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*(?:=False)?)`")
 _PREFIXES = ("", "extraction_")
 
 
@@ -27,7 +27,9 @@ def quiet_libraries() -> None:
 
 
 def with_flags(message: str) -> str:
-    """A message of the library in the words of the command that runs: ```batch_size``` becomes ``--batch-size``.
+    """A message of the library in the words of the command that runs.
+
+    ```batch_size``` becomes ``--batch-size``, and ```bf16=False``` ``--no-bf16``.
 
     Args:
         message: with parameters in backquotes; those that the command does not have stay as they are.
@@ -39,6 +41,7 @@ def with_flags(message: str) -> str:
     for parameter in context.command.params:
         if isinstance(parameter, click.Option) and parameter.name:
             flags[parameter.name] = max(parameter.opts, key=len)
+            flags |= {f"{parameter.name}=False": off for off in parameter.secondary_opts}
 
     def flag(match: re.Match[str]) -> str:
         found = (flags.get(prefix + match[1]) for prefix in _PREFIXES)

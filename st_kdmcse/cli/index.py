@@ -20,6 +20,7 @@ from st_kdmcse.cli.search_options import (
     MemoryLimit,
     Model,
     NamesType,
+    PrecisionOption,
     RecallTarget,
     file_options,
     record_file,
@@ -29,6 +30,7 @@ from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.encoding import load_model
 from st_kdmcse.files import progress_bar
 from st_kdmcse.losses.heads import HEADS_DIR
+from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.build import build_index
 from st_kdmcse.search.images import index_images
@@ -60,6 +62,7 @@ def index() -> None:
 @click.option(
     "--devices", type=NamesType(), metavar="A,B", help="Devices that share the encoding: cuda:0,cuda:1.  [all GPUs]"
 )
+@PrecisionOption
 def build(
     file: Path,
     model: str,
@@ -68,6 +71,7 @@ def build(
     recall_target: float,
     memory_limit: int | None,
     devices: list[str] | None,
+    precision: Precision,
     **columns: Any,
 ) -> None:
     """Index the texts of FILE: one a line (.txt, also .gz), or a table (.csv, .tsv, .jsonl, .parquet).
@@ -87,6 +91,7 @@ def build(
                 raise ValueError("--factory, --memory-limit and --devices are for an index in a folder, not in Milvus")
             total = records.check()
             made = SemanticIndex.open(out, model, create=True)
+            made.precision = precision
             _fill(made, records, total)
         else:
             made = build_index(
@@ -99,6 +104,7 @@ def build(
                 recall_target=recall_target,
                 memory_limit=memory_limit,
                 devices=devices,
+                precision=precision,
             )
         click.echo(f"{len(made):,} texts of {file} are in {out}")
         say_what_was_skipped(records)
@@ -151,13 +157,15 @@ def images(
 @File
 @file_options("new ids are made")
 @Model
-def add(address: str, file: Path, model: str | None, **columns: Any) -> None:
+@PrecisionOption
+def add(address: str, file: Path, model: str | None, precision: Precision, **columns: Any) -> None:
     """Add the texts of FILE to the index DIR, a folder: all or none, and an interruption changes nothing."""
     quiet_libraries()
     with friendly_errors("stopped; the index is as it was (one in Milvus has what was added so far)"):
         records = record_file(file, columns)
         total = records.check()
         opened = SemanticIndex.open(address, model)
+        opened.precision = precision
         made: list[str] = []
         for chunk in _chunks(records, total):
             ids = None if columns["id_column"] is None else [record.id for record in chunk]
@@ -176,7 +184,8 @@ def add(address: str, file: Path, model: str | None, **columns: Any) -> None:
 @File
 @file_options("required")
 @Model
-def update(address: str, file: Path, model: str | None, **columns: Any) -> None:
+@PrecisionOption
+def update(address: str, file: Path, model: str | None, precision: Precision, **columns: Any) -> None:
     """Replace texts and metadata of the index DIR by those of FILE with the same ids: all or none."""
     quiet_libraries()
     with friendly_errors("stopped; the index is as it was (one in Milvus has what was replaced so far)"):
@@ -185,6 +194,7 @@ def update(address: str, file: Path, model: str | None, **columns: Any) -> None:
         records = record_file(file, columns)
         total = records.check()
         opened = SemanticIndex.open(address, model)
+        opened.precision = precision
         for chunk in _chunks(records, total):
             ids = [record.id for record in chunk]
             opened.update(ids, _texts(chunk), _metadata(chunk), show_progress_bar=False)
@@ -266,7 +276,7 @@ def _info(address: str) -> dict[str, Any]:
         header = backend.identity or {}
     else:
         backend, header = read_index(place)
-    details = {name: header[name] for name in ("tuning", "versions", "date") if name in header}
+    details = {name: header[name] for name in ("precision", "tuning", "versions", "date") if name in header}
     intact = {} if isinstance(place, MilvusAddress) else {"checksums": "ok"}
     return {**backend.info(), "model": header.get("model"), **details, **intact}
 

@@ -22,12 +22,14 @@ from st_kdmcse.cli.search_options import (
     Address,
     File,
     Model,
+    PrecisionOption,
     file_options,
     record_file,
     say_what_was_skipped,
 )
 from st_kdmcse.encoding import load_model
 from st_kdmcse.files import progress_bar
+from st_kdmcse.precision import Precision
 from st_kdmcse.search.base import Filter, Hit
 from st_kdmcse.search.duplicates import DUPLICATE_COLUMNS, Duplicates, find_duplicates
 from st_kdmcse.search.filters import parse_filter
@@ -72,6 +74,7 @@ _TEXT_LINES = 4
 @click.option("--out", type=click.Path(path_type=Path), help="File for their results: .csv, .jsonl or .parquet.")
 @file_options("number of the line, or row", with_metadata=False)
 @Model
+@PrecisionOption
 def search(
     address: str,
     query: tuple[str, ...],
@@ -81,6 +84,7 @@ def search(
     queries: Path | None,
     out: Path | None,
     model: str | None,
+    precision: Precision,
     **columns: Any,
 ) -> None:
     """Search the index DIR (a folder, or the address of a Milvus collection) by meaning.
@@ -106,16 +110,21 @@ def search(
             records = record_file(queries, columns)
             total = records.check()
             opened = SemanticIndex.open(address, model)
+            opened.precision = precision
             count = write_rows(out, RESULT_COLUMNS, _results(opened, records, total, k, where, out))
             click.echo(f"{count:,} results of {total:,} queries are in {out}")
             say_what_was_skipped(records)
         elif out is not None or any(columns.values()):
             raise ValueError("--out and the columns of a file go with --queries FILE")
         elif query:
-            hits = SemanticIndex.open(address, model).search(text, k, where)
+            opened = SemanticIndex.open(address, model)
+            opened.precision = precision
+            hits = opened.search(text, k, where)
             click.echo(document(text, k, where, hits) if as_json else table(hits))
         else:
-            _prompt(SemanticIndex.open(address, model), k, where, as_json)
+            opened = SemanticIndex.open(address, model)
+            opened.precision = precision
+            _prompt(opened, k, where, as_json)
 
 
 @click.command(context_settings=SETTINGS)
@@ -135,7 +144,16 @@ def search(
     help=f"Pairs to keep, the best.  [{_PAIRS_SHOWN}; with --out {_PAIRS_WRITTEN:,}]",
 )
 @file_options("number of the line, or row", with_metadata=False)
-def duplicates(file: Path, model: str, threshold: float, out: Path | None, limit: int | None, **columns: Any) -> None:
+@PrecisionOption
+def duplicates(
+    file: Path,
+    model: str,
+    threshold: float,
+    out: Path | None,
+    limit: int | None,
+    precision: Precision,
+    **columns: Any,
+) -> None:
     """Find pairs of texts in FILE that say nearly the same; equal texts are paired with the first of them.
 
     \b
@@ -149,7 +167,7 @@ def duplicates(file: Path, model: str, threshold: float, out: Path | None, limit
         records.check()
         encoder = load_model(model)
         limit = limit or (_PAIRS_SHOWN if out is None else _PAIRS_WRITTEN)
-        found = find_duplicates(records, encoder, threshold=threshold, limit=limit)
+        found = find_duplicates(records, encoder, threshold=threshold, limit=limit, precision=precision)
         if out is None:
             click.echo(pair_table(found))
         else:

@@ -171,7 +171,7 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 help="Compile the student, for long runs on a GPU; reduce-overhead is CUDA graphs.  [off]",
             ),
             click.option("--unpad/--no-unpad", default=None, help="Do not compute padding.  [on a CPU]"),
-            click.option("--bf16/--no-bf16", default=None, help="bfloat16 autocast.  [where a GPU has it]"),
+            click.option("--bf16/--no-bf16", default=None, help="Compute in bfloat16.  [where that is faster]"),
             click.option(
                 "--workers", type=int, default=default.workers, show_default=True, help="Tokenizing processes."
             ),

@@ -18,7 +18,7 @@ from st_kdmcse.extraction.extract import ExtractionReport, extract, finished_rep
 from st_kdmcse.extraction.merge import merge, parts_folder
 from st_kdmcse.extraction.parts import record_bytes
 from st_kdmcse.processes import processes
-from st_kdmcse.teachers import Teacher, load_teacher
+from st_kdmcse.teachers import Teacher, TeacherPrecision, load_teacher
 
 DEFAULT_TEACHER = "ViT-B-32"
 
@@ -60,7 +60,7 @@ class ExtractionOptions:
     teacher: str = DEFAULT_TEACHER
     pretrained: str | None = None
     text_teacher: str | None = None
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: TeacherPrecision = "auto"
     dtype: FeatureDtype = "float16"
     batch_size: int = 64
     workers: int | None = None

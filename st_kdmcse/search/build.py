@@ -19,8 +19,9 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.encoding import encode_documents
+from st_kdmcse.encoding import encode_documents, encoding_precision, in_precision
 from st_kdmcse.files import LOCK, atomic_file, locked, progress_bar, sha256_file, write_json
+from st_kdmcse.precision import Precision
 from st_kdmcse.provenance import claim, parameters_checksum
 from st_kdmcse.search.base import Matrix, NewRows
 from st_kdmcse.search.factory import Reordered, build_faiss, held_out_swaps
@@ -53,6 +54,7 @@ def build_index(
     devices: Sequence[str] | None = None,
     block_rows: int = BLOCK_ROWS,
     show_progress_bar: bool | None = None,
+    precision: Precision = "auto",
 ) -> SemanticIndex:
     """Build and save an index in memory that a block of records and the index bound.
 
@@ -75,6 +77,7 @@ def build_index(
         devices: that share the encoding, such as ["cuda:0", "cuda:1"]; None takes all GPUs where there are several.
         block_rows: records that are encoded, and saved, at a time.
         show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
+        precision: that the texts are encoded in; "auto" is bfloat16 where that is faster.
 
     Returns:
         The index, as loaded from ``path``.
@@ -94,14 +97,17 @@ def build_index(
     check_free(path)
     total = _check(records(), show_progress_bar)
     factory = chosen_factory(total, int(model.get_embedding_dimension() or 0), factory, memory_limit)
-    with _Parts.claimed(unfinished, model, source, block_rows) as parts:
-        with _pool(model, devices) as pool:
-            _encode(
-                records(), total, lambda texts: encode_documents(model, texts, pool, False), parts, show_progress_bar
-            )
+    computed = encoding_precision(model, precision, total)
+    with _Parts.claimed(unfinished, model, source, block_rows, computed) as parts:
+        with in_precision(model, computed), _pool(model, devices) as pool:
+
+            def encode(texts: Sequence[str]) -> Matrix:
+                return encode_documents(model, texts, pool, False, computed)
+
+            _encode(records(), total, encode, parts, show_progress_bar)
         vectors = Reordered(_PartVectors(parts, total))
         index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
-        write_index(path, FaissBackend(index, parts.table, factory, tuning), model_header(model, model_name))
+        write_index(path, FaissBackend(index, parts.table, factory, tuning), model_header(model, model_name, computed))
         del index
         parts.remove()
     return SemanticIndex.load(path, model)
@@ -121,11 +127,22 @@ class _Parts:
     @classmethod
     @contextmanager
     def claimed(
-        cls, path: Path, model: SentenceTransformer, source: Mapping[str, str], block_rows: int
+        cls,
+        path: Path,
+        model: SentenceTransformer,
+        source: Mapping[str, str],
+        block_rows: int,
+        precision: str | None = None,
     ) -> Iterator[_Parts]:
-        """Begin, or go on with what was begun for the same records and model."""
+        """Begin, or go on with what was begun for the same records and model; in a precision, if it still matters."""
         dim = int(model.get_embedding_dimension() or 0)
-        run = {"source": dict(source), "model": parameters_checksum(model), "dim": dim, "block_rows": block_rows}
+        run = {
+            "source": dict(source),
+            "model": parameters_checksum(model),
+            "dim": dim,
+            "block_rows": block_rows,
+            **({"precision": precision} if precision else {}),
+        }
         with locked(path):
             claim(path / _RUN, run, "delete that folder to begin again, or choose another output")
             parts = cls(path, dim, block_rows)

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.encoding import encode_distinct
 from st_kdmcse.files import progress_bar
+from st_kdmcse.precision import Precision
 from st_kdmcse.search.base import Matrix
 from st_kdmcse.search.faiss_library import load_faiss
 from st_kdmcse.search.records import TextRecord
@@ -82,6 +83,7 @@ def find_duplicates(
     limit: int = 1_000_000,
     exact_up_to: int = _EXACT_UP_TO,
     show_progress_bar: bool | None = None,
+    precision: Precision = "auto",
 ) -> Duplicates:
     """Pairs of records whose embeddings have a cosine of at least ``threshold``.
 
@@ -98,6 +100,8 @@ def find_duplicates(
         limit: keep that many pairs, the best.
         exact_up_to: distinct texts up to which all pairs are compared.
         show_progress_bar: None shows one in a terminal, after two seconds.
+        precision: that texts are encoded in; "auto" is bfloat16 where that is faster, which moves a cosine by up to
+            about 0.002.
 
     Raises:
         ValueError: for a threshold or limit out of range, no record, or an embedding that is not finite or zero.
@@ -119,7 +123,7 @@ def find_duplicates(
             ids.append(record.id)
     texts = list(first)
     del first
-    vectors = encode_distinct(model, texts, show_progress_bar=show_progress_bar).matrix
+    vectors = encode_distinct(model, texts, show_progress_bar=show_progress_bar, precision=precision).matrix
     _normalise(vectors, texts)
     exact = len(texts) <= exact_up_to
     best = _BestPairs(max(0, limit - len(copies)))

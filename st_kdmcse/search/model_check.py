@@ -22,12 +22,19 @@ OWN_MODEL = f"./{ENCODER}"
 _PROBE_COSINE = 0.999  # of one model on two machines, or in batches of different padding
 
 
-def model_header(model: SentenceTransformer, name: str | None = None) -> dict[str, Any]:
-    """What an index keeps of its model: its identity, and the embedding of a probe sentence."""
+def model_header(model: SentenceTransformer, name: str | None = None, precision: str | None = None) -> dict[str, Any]:
+    """What an index keeps of its model: its identity, the embedding of a probe sentence, and the precision of texts.
+
+    Args:
+        model: that encodes texts and queries.
+        name: hub name or folder that it was loaded from.
+        precision: that the texts were encoded in; None where that is not known.
+    """
     probe = encode_documents(model, [PROBE])[0]
     return {
         "model": model_identity(model, name or name_of(model)),
         "probe": {"text": PROBE, "embedding": [round(float(value), 7) for value in probe]},
+        "precision": precision,
     }
 
 

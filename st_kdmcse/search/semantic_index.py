@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.encoding import encode_documents, encode_queries
+from st_kdmcse.encoding import encode_documents, encode_queries, encoding_precision
 from st_kdmcse.files import write_folder
+from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
 from st_kdmcse.search.faiss_backend import FaissBackend
@@ -63,6 +64,11 @@ class SemanticIndex:
         model_name: hub name or folder that it was loaded from; None takes what the model knows of that.
         images: what :func:`~st_kdmcse.search.images.index_images` notes of the images that the rows are; None where
             they are texts.
+        embedded_in: precision that the texts were encoded in, for the manifest; None where that is not known.
+
+    Attributes:
+        precision: that texts and queries are encoded in from now on. "auto" is bfloat16 where that is faster, and
+            float32 for fewer than 64 of them.
 
     Raises:
         ValueError: if the model's embeddings are of another width.
@@ -82,10 +88,12 @@ class SemanticIndex:
         model: SentenceTransformer,
         model_name: str | None = None,
         images: Mapping[str, Any] | None = None,
+        embedded_in: str | None = None,
     ) -> None:
         self.backend = backend
         self.model = model
-        self._header = model_header(model, model_name)
+        self.precision: Precision = "auto"
+        self._header = model_header(model, model_name, embedded_in)
         if images is not None:
             self._header["images"] = dict(images)
         self._path: Path | None = None
@@ -109,6 +117,7 @@ class SemanticIndex:
         memory_limit: int | None = None,
         path: str | Path | None = None,
         show_progress_bar: bool | None = None,
+        precision: Precision = "auto",
     ) -> SemanticIndex:
         """Encode texts and index them with FAISS, in memory.
 
@@ -123,6 +132,7 @@ class SemanticIndex:
             memory_limit: bytes for the vectors.
             path: folder to save to; None saves nothing.
             show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
+            precision: that texts, and then queries, are encoded in; "auto" is bfloat16 where that is faster.
 
         Raises:
             ValueError: for empty texts, ids that are there twice, lengths that differ, an index at ``path`` already, or
@@ -137,12 +147,14 @@ class SemanticIndex:
         index = cls._from_rows(
             model,
             name,
-            _texts_rows(model, texts, _new_ids(ids, texts), metadata, show_progress_bar),
+            _texts_rows(model, texts, _new_ids(ids, texts), metadata, show_progress_bar, precision),
             factory,
             recall_target,
             memory_limit,
             show_progress_bar,
+            encoding_precision(model, precision, len(texts)),
         )
+        index.precision = precision
         if path is not None:
             index.save(path)
         return index
@@ -256,7 +268,7 @@ class SemanticIndex:
         wanted = [queries] if isinstance(queries, str) else list(queries)
         if not wanted:
             return []
-        found = self.backend.search(encode_queries(self.model, wanted), k, where)
+        found = self.backend.search(encode_queries(self.model, wanted, self.precision), k, where)
         return found[0] if single else found
 
     def add(
@@ -284,7 +296,7 @@ class SemanticIndex:
         texts = checked_texts(texts)
         new = [uuid.uuid4().hex for _ in texts] if ids is None else _ids(ids)
         if texts or new:
-            self.backend.add(_texts_rows(self.model, texts, new, metadata, show_progress_bar))
+            self.backend.add(_texts_rows(self.model, texts, new, metadata, show_progress_bar, self.precision))
         return new
 
     def update(
@@ -310,7 +322,7 @@ class SemanticIndex:
         texts, known = checked_texts(texts), _ids(ids)
         if texts or known:
             _by_id(self.backend.get, known)
-            rows = _texts_rows(self.model, texts, known, metadata, show_progress_bar)
+            rows = _texts_rows(self.model, texts, known, metadata, show_progress_bar, self.precision)
             _by_id(self.backend.replace, rows)
 
     def remove(self, ids: Iterable[str]) -> None:
@@ -397,13 +409,15 @@ class SemanticIndex:
         recall_target: float,
         memory_limit: int | None,
         show_progress_bar: bool | None,
+        embedded_in: str | None = None,
     ) -> SemanticIndex:
         if len(rows) and rows.embeddings.shape[1] != model.get_embedding_dimension():
             raise ValueError(
                 f"embeddings of width {rows.embeddings.shape[1]}, but the model's are of width "
                 f"{model.get_embedding_dimension()}: give the model that made them"
             )
-        return cls(FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar), model, name)
+        backend = FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar)
+        return cls(backend, model, name, embedded_in=embedded_in)
 
     @classmethod
     def _known(
@@ -417,7 +431,7 @@ class SemanticIndex:
         """An index whose header says what model it belongs to."""
         model, name = load_expected(header, place) if model is None else load_named(model)
         check_model(model, header, place)
-        index = cls(backend, model, header["model"]["name"] or name, header.get("images"))
+        index = cls(backend, model, header["model"]["name"] or name, header.get("images"), header.get("precision"))
         if path is not None:
             index._path, index._saved = path, header["checksum"]
         return index
@@ -458,13 +472,15 @@ def _texts_rows(
     ids: Sequence[str],
     metadata: Iterable[Metadata] | None,
     show_progress_bar: bool | None,
+    precision: Precision,
 ) -> NewRows:
     """Rows with the embeddings of their texts; all else is checked before the texts are encoded."""
     listed = None if metadata is None else list(metadata)
     NewRows.checked(ids, texts, np.ones((len(texts), 1)), listed)
     if not texts:
         return NewRows([], [], np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32), [])
-    return NewRows.checked(ids, texts, encode_documents(model, texts, show_progress_bar=show_progress_bar), listed)
+    embeddings = encode_documents(model, texts, show_progress_bar=show_progress_bar, precision=precision)
+    return NewRows.checked(ids, texts, embeddings, listed)
 
 
 def _ids(ids: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Frozen teachers whose embeddings of images and captions the losses distil."""
 
-from st_kdmcse.teachers.base import ModelTeacher, Precision, Teacher, TeacherImage, load_pixels
+from st_kdmcse.teachers.base import ModelTeacher, Teacher, TeacherImage, TeacherPrecision, load_pixels
 from st_kdmcse.teachers.clip import CLIPTeacher
 from st_kdmcse.teachers.combined import CombinedTeacher
 from st_kdmcse.teachers.load import load_teacher
@@ -12,10 +12,10 @@ __all__ = [
     "CombinedTeacher",
     "ModelTeacher",
     "OpenCLIPTeacher",
-    "Precision",
     "SentenceTransformerTeacher",
     "Teacher",
     "TeacherImage",
+    "TeacherPrecision",
     "load_pixels",
     "load_teacher",
 ]

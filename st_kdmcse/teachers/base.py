@@ -21,17 +21,19 @@ from tqdm import tqdm
 
 from st_kdmcse.data.images import FileSlice, ImageError, ImageSource, load_image
 from st_kdmcse.files import progress_bar
+from st_kdmcse.precision import autocast, bfloat16_is_faster, no_bfloat16
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+TeacherPrecision = Literal["auto", "float32", "bfloat16", "float16"]
+"""What a teacher can be asked to compute in."""
+
 TeacherImage: TypeAlias = "Image.Image | ImageSource | str"
 Preprocess: TypeAlias = "Callable[[Image.Image], torch.Tensor]"
 
 _MANY_BATCHES = 4
 _LONGEST = 100  # times the shorter edge
-_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _THREE_LETTERS = ["dog", "man", "the", "red", "two", "cat"]
 # What unpickling a broken file raises is more than UnpicklingError.
 _BROKEN_WEIGHTS = (
@@ -160,15 +162,15 @@ class ModelTeacher(Teacher):
     Args:
         device: torch device; by default CUDA where there is a CUDA device, else the CPU.
         batch_size: images or texts in one forward pass.
-        precision: of the forward pass; the weights stay float32. "auto" is float32 on a CPU, and on a GPU bfloat16
-            where it has it, else float16.
+        precision: of the forward pass; the weights stay float32. "auto" is bfloat16 where the device is faster at it,
+            else float32 on a CPU and float16 on a GPU.
 
     Raises:
         ValueError: if the batch size is below 1, or the device does not have the precision.
     """
 
     def __init__(
-        self, device: str | torch.device | None = None, batch_size: int = 64, precision: Precision = "auto"
+        self, device: str | torch.device | None = None, batch_size: int = 64, precision: TeacherPrecision = "auto"
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -204,8 +206,7 @@ class ModelTeacher(Teacher):
         return model.requires_grad_(False).eval().to(self.device)
 
     def _forward(self, encode: Callable[..., torch.Tensor], batch: object) -> torch.Tensor:
-        half = _HALF.get(self.precision)
-        with torch.inference_mode(), torch.autocast(self.device.type, half, enabled=half is not None):
+        with torch.inference_mode(), autocast(self.precision, self.device):
             return encode(batch).float()
 
 
@@ -306,20 +307,18 @@ def _short(error: Exception) -> str:
     return textwrap.shorten(str(error), 400).rstrip(".")
 
 
-def _on_device(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
+def _on_device(precision: TeacherPrecision, device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
     """The precision that "auto" stands for; others as they are, if the device has them."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(get_args(Precision))}")
-    if device.type == "cpu" and precision in _HALF:
+    if precision not in get_args(TeacherPrecision):
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(get_args(TeacherPrecision))}")
+    if device.type == "cpu" and precision == "float16":
         raise ValueError(
-            f"precision {precision} on a CPU is about 100 times slower than float32: "
-            "take precision='float32', or a GPU as the device"
+            "float16 is slower than float32 on a CPU: set `precision` to auto, or take a GPU as the device"
         )
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bfloat16" and not has_bfloat16:
-        raise ValueError(f"the device {device} has no bfloat16: take precision='float16'")
+    if precision == "bfloat16" and not bfloat16_is_faster(device.type):
+        raise ValueError(f"{no_bfloat16(device.type)}: set `precision` to auto")
     if precision != "auto":
         return precision
-    if device.type == "cpu":
-        return "float32"
-    return "bfloat16" if has_bfloat16 else "float16"
+    if bfloat16_is_faster(device.type):
+        return "bfloat16"
+    return "float32" if device.type == "cpu" else "float16"

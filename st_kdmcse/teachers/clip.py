@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from st_kdmcse.teachers.base import ModelTeacher, Precision, Preprocess, check_tokenizer, loading, weights_hash
+from st_kdmcse.teachers.base import ModelTeacher, Preprocess, TeacherPrecision, check_tokenizer, loading, weights_hash
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +23,7 @@ class CLIPTeacher(ModelTeacher):
             image processor.
         device: torch device; by default CUDA where there is a CUDA device, else the CPU.
         batch_size: images or texts in one forward pass.
-        precision: of the forward pass; "auto" is float32 on a CPU, and bfloat16 or float16 on a GPU.
+        precision: of the forward pass; "auto" is what the device is fastest at.
 
     Raises:
         FileNotFoundError: if there is no such model, or a file of it is missing.
@@ -42,7 +42,7 @@ class CLIPTeacher(ModelTeacher):
         model: str | Path = "openai/clip-vit-base-patch32",
         device: str | torch.device | None = None,
         batch_size: int = 64,
-        precision: Precision = "auto",
+        precision: TeacherPrecision = "auto",
     ) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from st_kdmcse.teachers.base import ModelTeacher, Precision, Preprocess, check_tokenizer, loading, weights_hash
+from st_kdmcse.teachers.base import ModelTeacher, Preprocess, TeacherPrecision, check_tokenizer, loading, weights_hash
 
 _SCHEMAS = ("hf-hub:", "local-dir:")
 _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz", ".npy"}
@@ -31,7 +31,7 @@ class OpenCLIPTeacher(ModelTeacher):
             ``local-dir:`` folder can set another one, in its open_clip_config.json.
         device: torch device; by default CUDA where there is a CUDA device, else the CPU.
         batch_size: images or texts in one forward pass.
-        precision: of the forward pass; "auto" is float32 on a CPU, and bfloat16 or float16 on a GPU.
+        precision: of the forward pass; "auto" is what the device is fastest at.
 
     Raises:
         ImportError: if open_clip is not installed.
@@ -52,7 +52,7 @@ class OpenCLIPTeacher(ModelTeacher):
         pretrained: str | None = "openai",
         device: str | torch.device | None = None,
         batch_size: int = 64,
-        precision: Precision = "auto",
+        precision: TeacherPrecision = "auto",
     ) -> None:
         super().__init__(device, batch_size, precision)
         open_clip = import_open_clip()

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from st_kdmcse.teachers.base import ModelTeacher, Precision, Preprocess, check_tokenizer, loading, weights_hash
+from st_kdmcse.teachers.base import ModelTeacher, Preprocess, TeacherPrecision, check_tokenizer, loading, weights_hash
 
 
 class SentenceTransformerTeacher(ModelTeacher):
@@ -17,7 +17,7 @@ class SentenceTransformerTeacher(ModelTeacher):
         model: name on the hub (``sentence-transformers/all-mpnet-base-v2``) or a folder.
         device: torch device; by default CUDA where there is a CUDA device, else the CPU.
         batch_size: texts in one forward pass.
-        precision: of the forward pass; "auto" is float32 on a CPU, and bfloat16 or float16 on a GPU.
+        precision: of the forward pass; "auto" is what the device is fastest at.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -37,7 +37,7 @@ class SentenceTransformerTeacher(ModelTeacher):
         model: str | Path,
         device: str | torch.device | None = None,
         batch_size: int = 64,
-        precision: Precision = "auto",
+        precision: TeacherPrecision = "auto",
     ) -> None:
         from sentence_transformers import SentenceTransformer
 

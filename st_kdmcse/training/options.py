@@ -12,7 +12,8 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.extraction import ExtractionOptions
-from st_kdmcse.processes import cpu_only
+from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
+from st_kdmcse.processes import cpu_only, device_type
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, check_compilation
@@ -54,7 +55,8 @@ class TrainingOptions:
         compile: mode of ``torch.compile`` for the student ("default", or "reduce-overhead" with CUDA graphs, which
             exclude ``mini_batch_size``); the lengths of batches are then multiples of 8 tokens.
         unpad: leave padding out of what the student computes; None does so on a CPU where the student allows it.
-        bf16: bfloat16 autocast; None turns it on where a GPU has it.
+        bf16: bfloat16 autocast, with weights, optimizer, heads and losses in float32; None turns it on where it is
+            faster, on a GPU or a CPU. A run that is resumed goes on as it was begun.
         workers: processes that tokenize.
         report_to: where the trainer reports: "none", "tensorboard", "wandb", ...
         resume: go on from the newest checkpoint in ``output_dir``.
@@ -114,8 +116,8 @@ class TrainingOptions:
             )
         if self.text is None and not self.has_features:
             raise ValueError("there is nothing to train on: give `text`, `features`, or both")
-        if self.bf16 and not torch.cuda.is_available():
-            raise ValueError("`bf16` needs a GPU")
+        if self.bf16 and not bfloat16_is_faster(device_type()):
+            raise ValueError(f"`bf16`: {no_bfloat16(device_type())}; leave it out")
         if self.compile not in (None, *COMPILE_MODES):
             raise ValueError(f"`compile` must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
         if self.compile:
@@ -150,7 +152,7 @@ class TrainingOptions:
             warmup_steps=0,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            bf16=(cuda and torch.cuda.is_bf16_supported()) if self.bf16 is None else self.bf16,
+            bf16=bfloat16_is_faster(device_type()) if self.bf16 is None else self.bf16,
             torch_compile=self.compile is not None,
             torch_compile_mode=self.compile,
             seed=self.seed,

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import TrainerState, set_seed
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator, spearman, sts_evaluator
 from st_kdmcse.files import read_json, write_json
 from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.precision import autocast
 from st_kdmcse.processes import processes
 from st_kdmcse.training.callbacks import METRIC, EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
 from st_kdmcse.training.inputs import TrainingInputs, data_checksums, encoder_type
@@ -30,9 +32,10 @@ from st_kdmcse.training.run_folder import (
     claim_run,
     copy_model,
     latest_checkpoint,
+    precision_to_resume,
 )
 from st_kdmcse.training.student import build_student
-from st_kdmcse.training.summary import run_record, training_summary
+from st_kdmcse.training.summary import BestScores, run_record, training_summary
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
 from st_kdmcse.training.trainer import KDMCSETrainer
 
@@ -61,12 +64,15 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     # The cheap checks first: a conversion of features may take an hour.
     if state.is_main_process:
         check_output_dir(options.output_dir, options.resume, options.extraction is not None)
+    if options.resume:
+        options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
     arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
     inputs = TrainingInputs.load(options, state)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
     run: dict[str, Any] = {}
     if state.is_main_process:
-        run = claim_run(options.output_dir, run_record(options, inputs.checksums, arguments))
+        record = run_record(options, inputs.checksums, arguments)
+        run = claim_run(options.output_dir, record, _state_of(checkpoint).global_step if checkpoint else 0)
     state.wait_for_everyone()
 
     set_seed(options.seed)
@@ -82,7 +88,8 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     filters = _announce_filters(loss) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
     if evaluator and "score_before" not in run and state.is_main_process:
-        run["score_before"] = spearman(evaluator, model)
+        with autocast("bfloat16" if arguments.bf16 else "float32", model.device):  # as all scores of the curve
+            run["score_before"] = spearman(evaluator, model)
         write_json(options.output_dir / RUN_NAME, run)
     stop = stop or StopOnSignal()
     trainer = KDMCSETrainer(
@@ -109,9 +116,9 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     summary: dict[str, Any] = {}
     if state.is_main_process:
         _check_converged(trainer)
-        test_score = _load_best(trainer, evaluator, best, inputs)
+        scores = _load_best(trainer, evaluator, best, inputs)
         _save(trainer, options.output_dir, last if evaluator else None)
-        summary = training_summary(options, trainer, run, inputs, test_score, filters, seconds)
+        summary = training_summary(options, trainer, run, inputs, scores, filters, seconds)
         write_json(options.output_dir / SUMMARY_NAME, summary)
     state.wait_for_everyone()
     return summary
@@ -155,7 +162,7 @@ def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, best: KeepBest 
     if checkpoint is None:
         trainer.train()
         return
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = _state_of(checkpoint)
     if state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:
@@ -163,6 +170,10 @@ def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, best: KeepBest 
         trainer.load_checkpoint(checkpoint)
         if best:
             best.restore(state)
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _check_converged(trainer: KDMCSETrainer) -> None:
@@ -179,19 +190,16 @@ def _load_best(
     evaluator: TokenizedSimilarityEvaluator | None,
     best: KeepBest | None,
     inputs: TrainingInputs,
-) -> float | None:
-    """Load the best model, and give its card the dev and test scores of its weights; returns the test score."""
+) -> BestScores | None:
+    """Load the best model, and give its card the scores of its weights."""
     if best is None or best.path is None or evaluator is None or inputs.test is None:
         return None
     trainer.load_checkpoint(best.path)
     model: SentenceTransformer = trainer.model
     # Every evaluation has written its scores into the card, the latest last: those of the best step go there again.
-    entry = next(entry for entry in trainer.state.log_history if METRIC in entry and entry["step"] == best.step)
-    model.model_card_data.eval_results_dict[evaluator] = {
-        name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_sts-dev_")
-    }
+    scores = BestScores(spearman(evaluator, model), spearman(sts_evaluator(inputs.test, "sts-test"), model))
     model.model_card_data.set_best_model_step(best.step)
-    return spearman(sts_evaluator(inputs.test, "sts-test"), model)
+    return scores
 
 
 def _save(trainer: KDMCSETrainer, output_dir: Path, last: Path | None) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from st_kdmcse.files import read_json, write_json
+from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
+from st_kdmcse.processes import device_type
 from st_kdmcse.provenance import differences
 
 logger = logging.getLogger(__name__)
@@ -68,12 +70,36 @@ def check_output_dir(output_dir: Path, resume: bool, extracts: bool) -> None:
         raise ValueError(f"`output_dir` {output_dir} is not empty: {remedy}")
 
 
-def claim_run(output_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def precision_to_resume(output_dir: Path, bf16: bool | None) -> bool | None:
+    """Whether a run goes on in bfloat16: as it was begun, unless float32 is asked for.
+
+    Args:
+        output_dir: the folder of the run.
+        bf16: what is asked for; None is nothing.
+
+    Raises:
+        ValueError: if it was begun in bfloat16 and this machine is slower at that.
+    """
+    path = output_dir / RUN_NAME
+    if bf16 is not None or not path.is_file():
+        return bf16
+    recorded = bool(read_json(path, _DAMAGED).get("bf16"))
+    if recorded and not bfloat16_is_faster(device_type()):
+        raise ValueError(
+            f"the run in {output_dir} was begun in bfloat16, and {no_bfloat16(device_type())}: go on where it was "
+            "begun, or set `bf16=False` to go on in float32"
+        )
+    return recorded
+
+
+def claim_run(output_dir: Path, record: Mapping[str, Any], step: int = 0) -> dict[str, Any]:
     """Write the record of a new run into its folder, or read that of the run which is resumed.
 
     Args:
         output_dir: the folder; it is made.
         record: "options", "processes", "bf16" and "data_sha256" of the run, for JSON.
+        step: that a run is resumed from. If it goes from bfloat16 to float32 there, its record says so from now on
+            ("bf16_until_step").
 
     Returns:
         The record that the run was started with.
@@ -88,12 +114,18 @@ def claim_run(output_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         write_json(path, record)
         return dict(record)
     earlier = read_json(path, _DAMAGED)
+    in_float32 = bool(earlier.get("bf16")) and not record["bf16"]
+    if in_float32:
+        earlier |= {"bf16": False, "bf16_until_step": step}
     changes = changes_of_run(path, earlier, record)
     if changes:
         raise ValueError(
             f"the run in {output_dir} was started with other options or data: {'; '.join(changes)}. Give those again, "
             "or choose another directory"
         )
+    if in_float32:
+        logger.warning("the run was begun in bfloat16 and goes on in float32 from step %d", step)
+        write_json(path, earlier)
     return earlier
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -18,6 +18,19 @@ from st_kdmcse.training.inputs import TrainingInputs
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.thresholds import BranchFilter
 from st_kdmcse.training.trainer import KDMCSETrainer
+
+
+@dataclass(frozen=True)
+class BestScores:
+    """Spearman correlations of the best model, from -1 to 1, in float32 whatever it was trained in.
+
+    Attributes:
+        dev: on STS-B dev, which chose it.
+        test: on STS-B test.
+    """
+
+    dev: float
+    test: float
 
 
 def run_record(
@@ -45,7 +58,7 @@ def training_summary(
     trainer: KDMCSETrainer,
     run: Mapping[str, Any],
     inputs: TrainingInputs,
-    test_score: float | None,
+    scores: BestScores | None,
     filters: Sequence[BranchFilter],
     seconds: float,
 ) -> dict[str, Any]:
@@ -56,7 +69,7 @@ def training_summary(
         trainer: after training.
         run: the record that the run was started with.
         inputs: its data.
-        test_score: Spearman correlation of the best model on STS-B test, from -1 to 1; None without evaluation.
+        scores: of the best model; None without evaluation.
         filters: what the filter of each branch removes.
         seconds: training time of this process, without what came before a resumption.
     """
@@ -64,6 +77,7 @@ def training_summary(
     curve = [{"step": entry["step"], "spearman": entry[METRIC]} for entry in history if METRIC in entry]
     best = max(curve, key=lambda point: point["spearman"], default=None)
     cuda = torch.cuda.is_available()
+    precision = "bfloat16" if trainer.args.bf16 else "float32"
     return {
         "method": options.method,
         "recipe": options.recipe,
@@ -72,6 +86,8 @@ def training_summary(
         "batch_size": trainer.args.per_device_train_batch_size,
         "learning_rate": trainer.args.learning_rate,
         "bf16": trainer.args.bf16,
+        "bf16_until_step": run.get("bf16_until_step"),
+        "precision": {"training": precision, "sts_dev_curve": precision, "scores_of_best": "float32"},
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "seed": options.seed,
@@ -82,7 +98,8 @@ def training_summary(
         "sts_dev_curve": curve,
         "sts_dev_best": best,
         "sts_dev_last": curve[-1] if curve else None,
-        "sts_test_of_best": test_score,
+        "sts_dev_of_best": scores and scores.dev,
+        "sts_test_of_best": scores and scores.test,
         "losses": [entry for entry in history if "loss" in entry],
         "train_seconds": round(seconds, 1),
         "resumed": options.resume,

@@ -187,10 +187,22 @@ def test_the_name_holds_the_folder_and_a_hash_of_the_weights(teacher, kind, fold
     assert len(weights_hash) == 12
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_on_a_cpu_is_refused(kind, folder, precision):
-    with pytest.raises(ValueError, match=f"precision {precision} on a CPU is about 100 times slower"):
-        make(kind, folder, precision=precision)
+def test_half_precision_is_refused_on_a_cpu_that_is_slower_at_it(kind, folder):
+    with pytest.raises(ValueError, match="float16 is slower than float32 on a CPU: set `precision` to auto"):
+        make(kind, folder, precision="float16")
+    with pytest.raises(ValueError, match="this CPU has no instructions for bfloat16.* set `precision` to auto"):
+        make(kind, folder, precision="bfloat16")
+
+
+def test_a_cpu_that_is_faster_at_bfloat16_computes_in_it(bfloat16, kind, folder, teacher, photos):
+    half = make(kind, folder)
+    assert (half.precision, make(kind, folder, precision="float32").precision) == ("bfloat16", "float32")
+    for ours, expected in (
+        (half.encode_images(photos), teacher.encode_images(photos)),
+        (half.encode_texts(TEXTS), teacher.encode_texts(TEXTS)),
+    ):
+        assert ours.dtype == np.float32
+        assert 1e-6 < np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 5e-2
 
 
 def test_options_out_of_range(kind, folder, teacher):

@@ -105,7 +105,7 @@ def test_every_method_trains_and_leaves_a_stock_model(arguments, tmp_path, metho
     assert summary["sts_dev_best"]["spearman"] == max(point["spearman"] for point in summary["sts_dev_curve"])
     assert summary["versions"]["sentence-transformers"].startswith("6.")
     assert set(summary["data_sha256"]) == {"text", "features", "sts-dev", "sts-test"}
-    assert summary["bf16"] is False
+    assert summary["precision"] == {"training": "float32", "sts_dev_curve": "float32", "scores_of_best": "float32"}
     for number in (summary["sts_dev_before"], summary["sts_test_of_best"]):
         assert f"{100 * number:.2f}" in result.output
     best, last = (SentenceTransformer(str(path), device="cpu") for path in (out, out / "last"))
@@ -406,6 +406,7 @@ def test_the_best_model_is_kept_between_checkpoints_and_found_by_resuming(argume
     dev = sts_evaluator(load_sts_benchmark(str(data), "dev"), "sts-dev")
     best = summary["sts_dev_best"]
     assert spearman(dev, SentenceTransformer(str(out), device="cpu")) == pytest.approx(best["spearman"], abs=1e-9)
+    assert summary["sts_dev_of_best"] == pytest.approx(best["spearman"], abs=1e-9)
     assert [path.name for path in (out / "checkpoints").glob("best-*")] == [f"best-{best['step']}"]
     assert sorted(path.name for path in (out / "checkpoints").glob("checkpoint-*")) == [
         "checkpoint-10",
