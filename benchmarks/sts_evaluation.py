@@ -1,4 +1,4 @@
-"""Time of the STS tasks by one evaluator, beside one stock ``EmbeddingSimilarityEvaluator`` a subset, in one run.
+"""Time of the STS tasks by one evaluator, in each precision, beside the stock evaluator of each subset, in one run.
 
 The stock evaluators run at their default settings; both score the same pairs of the same model and take turns. Where
 the test set of SICK-R is not at hand its training set, which is about as large, stands in, and the result says so.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from st_kdmcse.demo.run import minilm_folder
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import STSEvaluator, evaluate_sts
 from st_kdmcse.files import write_json
+from st_kdmcse.precision import Precision, bfloat16_is_faster
 from st_kdmcse.provenance import provenance
 
 
@@ -62,8 +64,9 @@ def compare(model: SentenceTransformer, tasks: list[STSTask], rounds: int) -> di
         for task in tasks
         for subset in task.subsets
     }
-    evaluator = STSEvaluator(tasks)
-    seconds: dict[str, list[float]] = {"this package": [], "stock": []}
+    kinds: tuple[Precision, ...] = ("float32", "bfloat16") if bfloat16_is_faster(model.device.type) else ("float32",)
+    evaluators: dict[str, STSEvaluator] = {each: STSEvaluator(tasks, precision=each) for each in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "stock")}
     stock_scores: dict[tuple[str, str], float] = {}
     model.encode(["a sentence to warm up"])
     for turn in tqdm(range(rounds), desc="Rounds", unit="round"):
@@ -73,25 +76,41 @@ def compare(model: SentenceTransformer, tasks: list[STSTask], rounds: int) -> di
                 for key, each in stock.items():
                     stock_scores[key] = 100 * each(model)[f"{each.name}_spearman_cosine"]
             else:
-                evaluator(model)
+                evaluators[which](model)
             seconds[which].append(time.perf_counter() - started)
-    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
-    details = evaluate_sts(model, tasks).details
-    subsets = [
-        abs(details[task]["subsets"][subset]["spearman"] - score) for (task, subset), score in stock_scores.items()
-    ]
-    together = [abs(details[task.name]["spearman"]["all"] - stock_score(model, task)) for task in tasks]
+    stock_of_tasks = {task.name: stock_score(model, task) for task in tasks}
     return {
         "rounds": rounds,
         "seconds": {name: round(statistics.median(each), 2) for name, each in seconds.items()},
-        "times_as_fast_as_stock": {
-            "median": round(statistics.median(ratios), 3),
-            "least": round(min(ratios), 3),
-            "greatest": round(max(ratios), 3),
+        "times_as_fast_as_stock": {each: spread(seconds[each], seconds["stock"]) for each in kinds},
+        "scores": {each: evaluate_sts(model, tasks, precision=each).spearman for each in kinds},
+        "greatest_difference_of_spearman_x_100": {
+            each: apart(evaluate_sts(model, tasks, precision=each).details, stock_of_tasks, stock_scores)
+            for each in kinds
         },
-        # In a small subset with pairs of identical sentences, rounding decides about the ranks of those.
-        "greatest_difference_of_spearman_x_100": {"task": round(max(together), 5), "subset": round(max(subsets), 5)},
     }
+
+
+def spread(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """How many times as fast we are, over the rounds."""
+    ratios = [other / mine for mine, other in zip(ours, theirs, strict=True)]
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "least": round(min(ratios), 3),
+        "greatest": round(max(ratios), 3),
+    }
+
+
+def apart(
+    details: Mapping[str, Any], of_tasks: Mapping[str, float], of_subsets: Mapping[tuple[str, str], float]
+) -> dict[str, float]:
+    """How far our scores are from those of the stock evaluators in float32."""
+    subsets = [
+        abs(details[task]["subsets"][subset]["spearman"] - score) for (task, subset), score in of_subsets.items()
+    ]
+    tasks = [abs(details[task]["spearman"]["all"] - score) for task, score in of_tasks.items()]
+    # In a small subset with pairs of identical sentences, rounding decides about the ranks of those.
+    return {"task": round(max(tasks), 5), "subset": round(max(subsets), 5)}
 
 
 def stock_score(model: SentenceTransformer, task: STSTask) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from st_kdmcse.files import progress_bar
 from st_kdmcse.precision import Precision, autocast, resolve_precision
@@ -22,10 +24,11 @@ Matrix = npt.NDArray[np.float32]
 Read = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Takes what the model computed for a batch of N sentences; returns (N, dimension) embeddings by name."""
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens of a batch, padding included, by type of device."""
 _LENGTHS_AT_A_TIME = 10_000
-_WORTH_CONVERTING = 64  # texts from which faster products pay for converting the weights
+_WORTH_CONVERTING = 256  # texts from which faster products pay for converting the weights
+_SMALLEST_NORM = 1e-12
 
 
 class SentenceEmbeddings:
@@ -95,7 +98,7 @@ def encode_distinct(
     Args:
         model: any sentence-transformers model; dropout is off while it encodes.
         sentences: N sentences, with repetitions.
-        batch_tokens: tokens a batch, padding included; 1,024 on a CPU, 16,384 elsewhere.
+        batch_tokens: tokens a batch, padding included; 2,048 on a CPU, 16,384 elsewhere.
         show_progress_bar: None shows one in a terminal, after two seconds.
         where: describes a sentence by its number, such as "sts-dev.csv, line 7", for the error message.
         precision: of the matrix products; "auto" is bfloat16 where that is faster. Embeddings are float32 all the same.
@@ -140,9 +143,12 @@ def encode_distinct_each(
     if not sentences:
         raise ValueError("there are no sentences to encode")
     distinct = list(dict.fromkeys(sentences))
-    batches = token_batches(model, distinct, batch_tokens)
-    computing = autocast(encoding_precision(model, precision, len(distinct)), model.device)
-    with progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress, computing:
+    computed = encoding_precision(model, precision, len(distinct))
+    with (
+        computing(model, computed) as model,
+        progress_bar(len(distinct), "Encoding", "sentence", show_progress_bar) as progress,
+    ):
+        batches = token_batches(model, distinct, batch_tokens)
         found = encode_batches(model, batches, len(distinct), read, progress.update)
     for name, matrix in found.items():
         _check_finite(name, matrix, distinct, sentences, where)
@@ -161,7 +167,7 @@ def encode_documents(
     Args:
         model: any sentence-transformers model; its prompt for documents is put before each text.
         texts: n texts, with repetitions.
-        pool: processes of ``model.start_multi_process_pool`` to share the work, started :func:`in_precision`.
+        pool: processes of ``model.start_multi_process_pool`` to share the work.
         show_progress_bar: None shows one in a terminal, after two seconds; with a pool there is no bar.
         precision: as for :func:`encode_distinct`.
 
@@ -171,12 +177,12 @@ def encode_documents(
     Raises:
         ValueError: if a text is empty or an embedding is not finite; names the text.
     """
-    return _encode_normalized(model, model.encode_document, texts, "text", pool, show_progress_bar, precision)
+    return _encode_normalized(model, "encode_document", texts, "text", pool, show_progress_bar, precision)
 
 
 def encode_queries(model: SentenceTransformer, queries: Sequence[str], precision: Precision = "float32") -> Matrix:
     """Embeddings of queries, as :func:`encode_documents`, with the model's prompt for queries."""
-    return _encode_normalized(model, model.encode_query, queries, "query", None, False, precision)
+    return _encode_normalized(model, "encode_query", queries, "query", None, False, precision)
 
 
 def encoding_precision(model: SentenceTransformer, precision: Precision, count: int) -> Literal["float32", "bfloat16"]:
@@ -195,43 +201,41 @@ def encoding_precision(model: SentenceTransformer, precision: Precision, count: 
 
 
 @contextmanager
-def in_precision(model: SentenceTransformer, precision: str) -> Iterator[None]:
-    """Let copies of a model that other processes get inside of the block compute in a precision.
+def computing(model: SentenceTransformer, precision: str) -> Iterator[SentenceTransformer]:
+    """The model to compute with inside of the block: itself, or in bfloat16 a copy, in autocast.
+
+    The copy saves the conversion of weights at each batch, and halves what is read of them. It shares everything but
+    weights with the model, which stays as it is.
 
     Args:
         model: any sentence-transformers model.
         precision: "float32" or "bfloat16".
     """
-    computing = _Autocast(precision)
-    hooks = (
-        model.register_forward_pre_hook(computing.enter),
-        model.register_forward_hook(computing.leave, always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if precision == "float32":
+        yield model
+        return
+    with autocast(precision, model.device):
+        yield _copy_in(model, getattr(torch, precision))
 
 
-class _Autocast:
-    """Hooks that turn autocast on for a forward pass; they are pickled with the model."""
-
-    def __init__(self, precision: str) -> None:
-        self._precision = precision
-        self._entered: list[torch.autocast] = []
-
-    def enter(self, model: SentenceTransformer, _: Any) -> None:
-        self._entered.append(autocast(self._precision, model.device))
-        self._entered[-1].__enter__()
-
-    def leave(self, *_: Any) -> None:
-        self._entered.pop().__exit__(None, None, None)
+def _copy_in(model: SentenceTransformer, dtype: torch.dtype) -> SentenceTransformer:
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            # Configuration, tokenizer, model card (which may know a trainer with all its data), ...
+            if not isinstance(value, dict | nn.Module | MethodType):
+                shared[id(value)] = value
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            converted = tensor.detach().to(dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            shared[id(tensor)] = nn.Parameter(converted, requires_grad=False) if is_parameter else converted
+    return copy.deepcopy(model, shared)
 
 
 def _encode_normalized(
     model: SentenceTransformer,
-    encode: Callable[..., Any],
+    method: str,
     texts: Sequence[str],
     what: str,
     pool: Any,
@@ -244,10 +248,10 @@ def _encode_normalized(
     if not texts:
         return np.empty((0, model.get_embedding_dimension()), dtype=np.float32)
     distinct = list(dict.fromkeys(texts))
-    settings = {"normalize_embeddings": True, "show_progress_bar": False}
+    settings = {"normalize_embeddings": False, "show_progress_bar": False}
     lengths = token_counts(model, distinct)
 
-    def batches() -> Iterator[tuple[Rows, Mapping[str, Any]]]:
+    def batches(encode: Callable[..., Any]) -> Iterator[tuple[Rows, Mapping[str, Any]]]:
         if pool is not None:  # the pool divides the texts, the longest first
             rows = np.argsort(-lengths, kind="stable")
             yield rows, {"": encode([distinct[row] for row in rows], pool=pool, **settings)}
@@ -255,13 +259,15 @@ def _encode_normalized(
         for rows in length_batches(lengths, _token_budget(model)):
             yield rows, {"": encode([distinct[row] for row in rows], batch_size=len(rows), **settings)}
 
-    with ExitStack() as stack:
-        progress = stack.enter_context(progress_bar(len(distinct), "Encoding", "text", show if pool is None else False))
-        stack.enter_context(_in_eval(model))
-        stack.enter_context(autocast(encoding_precision(model, precision, len(distinct)), model.device))
-        found = _collect(batches(), len(distinct), progress.update)
-    _check_finite("", found[""], distinct, texts, None)
-    return SentenceEmbeddings(distinct, found[""])(texts)
+    with (
+        computing(model, encoding_precision(model, precision, len(distinct))) as encoder,
+        progress_bar(len(distinct), "Encoding", "text", show if pool is None else False) as progress,
+        _in_eval(encoder),
+    ):
+        found = _collect(batches(getattr(encoder, method)), len(distinct), progress.update)[""]
+    _check_finite("", found, distinct, texts, None)
+    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), _SMALLEST_NORM)  # in float32 whatever the model
+    return SentenceEmbeddings(distinct, found)(texts)
 
 
 Rows = npt.NDArray[np.int64]
@@ -277,7 +283,7 @@ def token_batches(
     Args:
         model: any sentence-transformers model, whose default prompt is put before each sentence.
         sentences: n sentences.
-        batch_tokens: tokens a batch, padding included; 1,024 on a CPU, 16,384 elsewhere.
+        batch_tokens: tokens a batch, padding included; 2,048 on a CPU, 16,384 elsewhere.
     """
     lengths = token_counts(model, sentences)
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None

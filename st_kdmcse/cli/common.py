@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import click
 from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from st_kdmcse.data import BadRowError
+from st_kdmcse.precision import PRECISIONS, Precision
+
+Command = Callable[..., Any]
 
 _PARAMETER = re.compile(r"`([a-z][a-z0-9_]*(?:=False)?)`")
 _PREFIXES = ("", "extraction_")
@@ -53,6 +58,21 @@ def with_flags(message: str) -> str:
 class _FlagFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return with_flags(super().format(record))
+
+
+def precision_option(default: Precision) -> Callable[[Command], Command]:
+    """The option ``--precision`` of commands that encode texts.
+
+    Args:
+        default: "auto", or "float32" for scores that are reported.
+    """
+    return click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default=default,
+        show_default=True,
+        help="Encode texts in it; auto is bfloat16 where that is faster.",
+    )
 
 
 class friendly_errors:  # noqa: N801 - a context manager, named like one

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.cli.search_options import (
     SETTINGS,
     Address,
@@ -20,7 +20,6 @@ from st_kdmcse.cli.search_options import (
     MemoryLimit,
     Model,
     NamesType,
-    PrecisionOption,
     RecallTarget,
     file_options,
     record_file,
@@ -62,7 +61,7 @@ def index() -> None:
 @click.option(
     "--devices", type=NamesType(), metavar="A,B", help="Devices that share the encoding: cuda:0,cuda:1.  [all GPUs]"
 )
-@PrecisionOption
+@precision_option("auto")
 def build(
     file: Path,
     model: str,
@@ -157,7 +156,7 @@ def images(
 @File
 @file_options("new ids are made")
 @Model
-@PrecisionOption
+@precision_option("auto")
 def add(address: str, file: Path, model: str | None, precision: Precision, **columns: Any) -> None:
     """Add the texts of FILE to the index DIR, a folder: all or none, and an interruption changes nothing."""
     quiet_libraries()
@@ -184,7 +183,7 @@ def add(address: str, file: Path, model: str | None, precision: Precision, **col
 @File
 @file_options("required")
 @Model
-@PrecisionOption
+@precision_option("auto")
 def update(address: str, file: Path, model: str | None, precision: Precision, **columns: Any) -> None:
     """Replace texts and metadata of the index DIR by those of FILE with the same ids: all or none."""
     quiet_libraries()

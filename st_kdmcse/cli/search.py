@@ -15,14 +15,13 @@ from typing import Any, TypeVar
 import click
 import pyarrow as pa
 
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.cli.index import _texts
 from st_kdmcse.cli.search_options import (
     SETTINGS,
     Address,
     File,
     Model,
-    PrecisionOption,
     file_options,
     record_file,
     say_what_was_skipped,
@@ -74,7 +73,7 @@ _TEXT_LINES = 4
 @click.option("--out", type=click.Path(path_type=Path), help="File for their results: .csv, .jsonl or .parquet.")
 @file_options("number of the line, or row", with_metadata=False)
 @Model
-@PrecisionOption
+@precision_option("auto")
 def search(
     address: str,
     query: tuple[str, ...],
@@ -144,7 +143,7 @@ def search(
     help=f"Pairs to keep, the best.  [{_PAIRS_SHOWN}; with --out {_PAIRS_WRITTEN:,}]",
 )
 @file_options("number of the line, or row", with_metadata=False)
-@PrecisionOption
+@precision_option("auto")
 def duplicates(
     file: Path,
     model: str,

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from st_kdmcse.precision import PRECISIONS
 from st_kdmcse.search.records import RecordFile
 
 Command = Callable[..., Any]
@@ -96,15 +95,6 @@ RecallTarget = click.option(
 
 MemoryLimit = click.option(
     "--memory-limit", type=SizeType(), help="Memory for the vectors, such as 4GiB.  [that of the machine]"
-)
-
-
-PrecisionOption = click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="auto",
-    show_default=True,
-    help="Encode texts in it; auto is bfloat16 where that is faster.",
 )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_sts_tasks
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
 from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.precision import Precision, resolve_precision
 from st_kdmcse.provenance import provenance
 
 
@@ -29,7 +30,8 @@ from st_kdmcse.provenance import provenance
     help=f"Other poolings to score: {','.join(POOLINGS)}, separated by commas; or all.",
 )
 @click.option("--device", help="Device, such as cpu or cuda:1.  [a GPU if there is one]")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 1024; else 16384]")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
+@precision_option("float32")
 def main(
     model: str,
     data_dir: str,
@@ -38,6 +40,7 @@ def main(
     pooling: str | None,
     device: str | None,
     batch_tokens: int | None,
+    precision: Precision,
 ) -> None:
     """Score a model on STS12 to STS16, STS-B and SICK-R (test sets): Spearman x 100 in SentEval's "all" setting."""
     quiet_libraries()
@@ -46,16 +49,19 @@ def main(
         names = [name.strip() for name in tasks.split(",")] if tasks else STS_TASKS
         found = load_sts_tasks(data_dir, names)
         encoder = load_model(model, device)
+        computed = resolve_precision(precision, encoder.device)
         if pooling:
             poolings = [name.strip() for name in pooling.split(",")]
             if pooling == "all":
                 poolings = [name for name in POOLINGS if name != "pooler" or has_pooler(encoder, model)]
             elif "pooler" in poolings and not has_pooler(encoder, model):
                 raise ValueError(f"--pooling pooler: the checkpoint of {model} has no weights of a pooler")
-            results = evaluate_poolings(encoder, found, poolings, batch_tokens=batch_tokens)
+            results = evaluate_poolings(encoder, found, poolings, batch_tokens=batch_tokens, precision=computed)
         else:
-            results = {AS_SAVED: evaluate_sts(encoder, found, batch_tokens=batch_tokens)}
+            results = {AS_SAVED: evaluate_sts(encoder, found, batch_tokens=batch_tokens, precision=computed)}
         click.echo(table(results))
+        if computed != "float32":
+            click.echo(f"embeddings were computed in {computed}")
         result = results.pop(AS_SAVED)
         absent = [name for name in names if name in result.absent]
         if absent:
@@ -63,6 +69,7 @@ def main(
         if output:
             checksums = {name: details["data_sha256"] for name, details in result.details.items()}
             record: dict[str, Any] = {
+                "precision": computed,
                 "spearman": result.spearman,
                 "absent": absent,
                 "details": result.details,

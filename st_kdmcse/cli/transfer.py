@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.transfer import AVERAGE, TransferProtocol, evaluate_transfer
 from st_kdmcse.files import check_output_file
+from st_kdmcse.precision import Precision
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -26,7 +27,8 @@ from st_kdmcse.files import check_output_file
 @click.option("--folds", default=10, show_default=True, help="Folds of each cross-validation; fewer for a quick look.")
 @click.option("--seed", default=1111, show_default=True, help="Seed of the shuffle before rows are dealt into folds.")
 @click.option("--device", help="Device of the embeddings, such as cpu or cuda:1.  [a GPU if there is one]")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 1024; else 16384]")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
+@precision_option("float32")
 @click.option("--jobs", type=click.IntRange(min=1), help="Classifiers trained at a time.  [all cores]")
 def main(
     model: str,
@@ -37,6 +39,7 @@ def main(
     seed: int,
     device: str | None,
     batch_tokens: int | None,
+    precision: Precision,
     jobs: int | None,
 ) -> None:
     """Score a model on MR, CR, SUBJ, MPQA, SST2, TREC and MRPC: logistic regression on frozen embeddings."""
@@ -53,6 +56,7 @@ def main(
             output=output,
             jobs=jobs,
             batch_tokens=batch_tokens,
+            precision=precision,
         )
         click.echo(table(result))
         if result["absent"]:

@@ -6,18 +6,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from st_kdmcse.data.sts import STSPairs
-from st_kdmcse.encoding import Batch, encode_batches, token_batches
+from st_kdmcse.encoding import Batch, computing, encode_batches, token_batches
 
 
 class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):
     """``EmbeddingSimilarityEvaluator`` with the sentences tokenized once, for a model that is evaluated repeatedly.
 
     Batches hold sentences of similar length, with little padding, and stay on the model's device. Scores
-    are those of the stock evaluator up to the rounding of batches of other shapes.
+    are those of the stock evaluator up to the rounding of batches of other shapes; inside of an autocast context in
+    bfloat16, as in a training of that precision, they are computed in it.
 
     Args:
         as for ``EmbeddingSimilarityEvaluator``; with ``precision`` or ``truncate_dim`` it does what that does.
@@ -48,7 +50,10 @@ class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):
             self._batches[id(sentences)] = list(token_batches(model, sentences))
         batches = self._batches[id(sentences)]
         read = lambda output: {"": output["sentence_embedding"]}  # noqa: E731
-        return encode_batches(model, batches, len(sentences), read, lambda _: None)[""]
+        device = model.device.type
+        in_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        with computing(model, "bfloat16" if in_half else "float32") as encoder:
+            return encode_batches(encoder, batches, len(sentences), read, lambda _: None)[""]
 
 
 def sts_evaluator(pairs: STSPairs, name: str) -> TokenizedSimilarityEvaluator:

@@ -34,6 +34,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped, unus
 from st_kdmcse.data.transfer import TRANSFER_TASKS, LabelledSentences, TransferTask, load_transfer_task
 from st_kdmcse.encoding import SentenceEmbeddings, encode_distinct
 from st_kdmcse.files import progress_bar, write_json
+from st_kdmcse.precision import Precision, resolve_precision
 from st_kdmcse.provenance import differences, model_identity, provenance
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def evaluate_transfer(
     jobs: int | None = None,
     batch_tokens: int | None = None,
     show_progress_bar: bool | None = None,
+    precision: Precision = "float32",
 ) -> dict[str, Any]:
     """Score a model on transfer tasks.
 
@@ -122,6 +124,7 @@ def evaluate_transfer(
         jobs: classifiers trained at a time; all cores.
         batch_tokens: tokens encoded at a time.
         show_progress_bar: None shows them in a terminal, once they have taken two seconds.
+        precision: that sentences are encoded in; "auto" is bfloat16 where that is faster.
 
     Returns:
         ``accuracy`` (x 100, two decimals, by task and "Avg."; None where a task is absent or was not asked for, and
@@ -138,7 +141,12 @@ def evaluate_transfer(
     absent = [name for name, task in loaded.items() if task is None]
     if len(absent) == len(loaded):
         raise FileNotFoundError(f"{data_dir} holds no files of {', '.join(loaded)}: give a SentEval folder")
-    described = {**asdict(protocol), "classifier": f"scikit-learn LogisticRegression, lbfgs, tolerance {_TOLERANCE}"}
+    computed = resolve_precision(precision, model.device)
+    described = {
+        **asdict(protocol),
+        "classifier": f"scikit-learn LogisticRegression, lbfgs, tolerance {_TOLERANCE}",
+        "precision": computed,
+    }
     details = _finished(output, model_identity(model), described)
     result: dict[str, Any] = {}
     for task in filter(None, loaded.values()):
@@ -146,7 +154,7 @@ def evaluate_transfer(
             logger.info("%s was done before", task.name)
         else:
             started = time.perf_counter()
-            embeddings = _encode(model, task, batch_tokens, show_progress_bar)
+            embeddings = _encode(model, task, batch_tokens, show_progress_bar, computed)
             score = score_task(task, embeddings, protocol, jobs=jobs, show_progress_bar=show_progress_bar)
             details[task.name] = {
                 **{key: value for key, value in asdict(score).items() if value not in (None, [])},
@@ -355,7 +363,11 @@ class _Fits:
 
 
 def _encode(
-    model: SentenceTransformer, task: TransferTask, batch_tokens: int | None, show_progress_bar: bool | None
+    model: SentenceTransformer,
+    task: TransferTask,
+    batch_tokens: int | None,
+    show_progress_bar: bool | None,
+    precision: Precision,
 ) -> SentenceEmbeddings:
     rows = [
         (sentence, place)
@@ -369,6 +381,7 @@ def _encode(
         batch_tokens=batch_tokens,
         show_progress_bar=show_progress_bar,
         where=lambda number: rows[number][1],
+        precision=precision,
     )
 
 

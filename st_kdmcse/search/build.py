@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.encoding import encode_documents, encoding_precision, in_precision
+from st_kdmcse.encoding import computing, encode_documents, encoding_precision
 from st_kdmcse.files import LOCK, atomic_file, locked, progress_bar, sha256_file, write_json
 from st_kdmcse.precision import Precision
 from st_kdmcse.provenance import claim, parameters_checksum
@@ -99,10 +99,10 @@ def build_index(
     factory = chosen_factory(total, int(model.get_embedding_dimension() or 0), factory, memory_limit)
     computed = encoding_precision(model, precision, total)
     with _Parts.claimed(unfinished, model, source, block_rows, computed) as parts:
-        with in_precision(model, computed), _pool(model, devices) as pool:
+        with computing(model, computed) as encoder, _pool(encoder, devices) as pool:
 
             def encode(texts: Sequence[str]) -> Matrix:
-                return encode_documents(model, texts, pool, False, computed)
+                return encode_documents(encoder, texts, pool, False)
 
             _encode(records(), total, encode, parts, show_progress_bar)
         vectors = Reordered(_PartVectors(parts, total))

@@ -68,7 +68,7 @@ class SemanticIndex:
 
     Attributes:
         precision: that texts and queries are encoded in from now on. "auto" is bfloat16 where that is faster, and
-            float32 for fewer than 64 of them.
+            float32 for fewer than 256 of them.
 
     Raises:
         ValueError: if the model's embeddings are of another width.
