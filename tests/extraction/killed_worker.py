@@ -24,7 +24,7 @@ def run() -> None:
     if path.exists() and not path.with_name(f"{path.name}.parts").exists():
         return  # killed after its last step
     reader = CaptionsCSV(photos / "captions.txt", photos / "Images")
-    teacher = OpenCLIPTeacher(f"local-dir:{model}", batch_size=4)
+    teacher = OpenCLIPTeacher(f"local-dir:{model}", batch_size=4, precision="float32")
     extract(reader, teacher, path, workers=1, part_size=8, show_progress_bar=False)
 
 
