@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -361,3 +362,26 @@ def test_a_model_that_has_gone_can_be_named_anew(tmp_path, student):
     assert f"was made with the model {tmp_path / 'model'}, which could not be loaded" in refused.stderr
     assert "--model" in refused.stderr
     assert run("search", tmp_path / "index", "a dog", "--model", tmp_path / "moved").exit_code == 0
+
+
+def test_texts_are_encoded_in_the_precision_that_is_asked_for(tmp_path, model, sentences, bfloat16):
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(f"{sentence} {row}" for row, sentence in enumerate(sentences * 2)))
+    vectors = {}
+    for given, computed in (("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        out = tmp_path / given
+        result = run("index", "build", path, "--model", model, "--out", out, "--precision", given)
+        assert result.exit_code == 0, result.output
+        assert f"precision   {computed}" in re.sub(" +", " " * 3, run("index", "info", out).stdout)
+        opened = SemanticIndex.load(out)
+        vectors[given] = opened.backend.index.reconstruct_n(0, len(opened))
+    assert np.array_equal(vectors["auto"], vectors["bfloat16"])
+    assert 1e-6 < np.abs(vectors["auto"] - vectors["float32"]).max() < 0.05
+    for given in ("float32", "bfloat16"):
+        assert results("search", tmp_path / "auto", sentences[0], "--precision", given)["results"]
+        result = run("duplicates", path, "--model", model, "--threshold", "0.999", "--precision", given)
+        assert result.exit_code == 0, result.output
+    more = tmp_path / "more.txt"
+    more.write_text("a red ball\n")
+    assert run("index", "add", tmp_path / "auto", more, "--precision", "bfloat16").exit_code == 0
+    assert "precision" in run("index", "info", tmp_path / "auto").stdout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import WORDS, copy_tree, load_command, with_large_weights
+from helpers import WORDS, copy_tree, cpu_with_bfloat16, load_command, with_large_weights
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
@@ -268,3 +268,25 @@ def test_script_errors(tmp_path, tiny_bert, arguments, message):
     assert run.exit_code == 2
     assert run.stderr.startswith("error: ")
     assert message in run.stderr
+
+
+def test_scores_are_of_the_precision_that_is_asked_for(tmp_path, student, bfloat16):
+    data = write_senteval(tmp_path / "senteval")
+    student.save_pretrained(str(tmp_path / "model"))
+    arguments = ["--model", str(tmp_path / "model"), "--data-dir", str(data), "--output", str(tmp_path / "scores.json")]
+    details = {}
+    for given, computed in (([], "float32"), (["--precision", "auto"], "bfloat16")):
+        run = CliRunner().invoke(load_command("evaluation/sts.py"), [*arguments, *given])
+        assert run.exit_code == 0, run.output
+        record = json.loads((tmp_path / "scores.json").read_text())
+        assert record["precision"] == computed
+        assert ("embeddings were computed in bfloat16" in run.stdout) == (computed == "bfloat16")
+        details[computed] = record["details"]["STS-B"]["pearson"]["all"]
+    assert 0 < abs(details["float32"] - details["bfloat16"]) < 5  # of 15 pairs, by a model of random weights
+    tasks = load_sts_tasks(data, ["STS-B"])
+    metric = STSEvaluator(tasks, precision="bfloat16")(student)["sts_STS-B_pearson_cosine"]
+    assert 100 * metric == pytest.approx(details["bfloat16"], abs=0.2)
+    with cpu_with_bfloat16(False):
+        run = CliRunner().invoke(load_command("evaluation/sts.py"), [*arguments, "--precision", "bfloat16"])
+    assert run.exit_code == 2
+    assert "set --precision to float32 or auto" in run.stderr

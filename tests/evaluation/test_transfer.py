@@ -271,3 +271,12 @@ def test_an_embedding_that_is_not_finite_is_placed(student, senteval):
     torch.nn.init.constant_(next(student.parameters()), torch.nan)
     with pytest.raises(ValueError, match=r"custrev\.(pos|neg), line \d+\) is not finite"):
         evaluate_transfer(student, senteval, ["CR"], TransferProtocol(folds=2))
+
+
+def test_scores_of_two_precisions_are_not_mixed(tmp_path, model_folder, senteval, bfloat16):
+    arguments = ["--output", tmp_path / "transfer.json", "--device", "cpu"]
+    assert run(model_folder, senteval, *arguments, "--tasks", "CR").exit_code == 0
+    assert json.loads((tmp_path / "transfer.json").read_text())["protocol"]["precision"] == "float32"
+    mixed = run(model_folder, senteval, *arguments, "--tasks", "MPQA", "--precision", "bfloat16")
+    assert mixed.exit_code == 2
+    assert "precision was 'float32', is 'bfloat16'" in mixed.output
