@@ -66,13 +66,8 @@ def precision_option(default: Precision) -> Callable[[Command], Command]:
     Args:
         default: "auto", or "float32" for scores that are reported.
     """
-    return click.option(
-        "--precision",
-        type=click.Choice(PRECISIONS),
-        default=default,
-        show_default=True,
-        help="Encode texts in it; auto is bfloat16 where that is faster.",
-    )
+    text = "Encode texts in it; auto is bfloat16 where that is faster."
+    return click.option("--precision", type=click.Choice(PRECISIONS), default=default, show_default=True, help=text)
 
 
 class friendly_errors:  # noqa: N801 - a context manager, named like one

@@ -73,7 +73,13 @@ _TEXT_LINES = 4
 @click.option("--out", type=click.Path(path_type=Path), help="File for their results: .csv, .jsonl or .parquet.")
 @file_options("number of the line, or row", with_metadata=False)
 @Model
-@precision_option("auto")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Encode queries in it; bfloat16 is for many.",
+)
 def search(
     address: str,
     query: tuple[str, ...],
