@@ -30,6 +30,7 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from ratios import spread
 from torch.utils.data import DataLoader, Dataset
 from tqdm import trange
 
@@ -130,16 +131,6 @@ def speed(
         "rounds": rounds,
         "images_per_second": {name: round(count / statistics.median(each), 2) for name, each in seconds.items()},
         "ratio_to": {name: spread(seconds["extraction"], seconds[name]) for name in loops},
-    }
-
-
-def spread(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """How many times as fast we are, over the rounds."""
-    ratios = [other / mine for mine, other in zip(ours, theirs, strict=True)]
-    return {
-        "median": round(statistics.median(ratios), 4),
-        "least": round(min(ratios), 4),
-        "greatest": round(max(ratios), 4),
     }
 
 

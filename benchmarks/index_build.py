@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+from ratios import spread
 from tqdm import tqdm
 
 from st_kdmcse.data import iter_sentences
@@ -69,18 +70,13 @@ def main(sentences: Path, rows: int, query_count: int, model: str | None, rounds
                 seconds[each].append(time.perf_counter() - started)
                 hits = index.backend.search(encode_queries(encoder, queries), K)
                 found[each] = [[hit.id for hit in of_query] for of_query in hits]
-    ratios = [slow / fast for slow, fast in zip(seconds["float32"], seconds["bfloat16"], strict=True)]
     same = [len({*one} & {*other}) / K for one, other in zip(found["float32"], found["bfloat16"], strict=True)]
     result: dict[str, Any] = {
         "rows": len(corpus),
         "queries": query_count,
         "rounds": rounds,
         "seconds": {name: round(statistics.median(each), 2) for name, each in seconds.items()},
-        "times_as_fast_in_bfloat16": {
-            "median": round(statistics.median(ratios), 3),
-            "least": round(min(ratios), 3),
-            "greatest": round(max(ratios), 3),
-        },
+        "times_as_fast_in_bfloat16": spread(seconds["bfloat16"], seconds["float32"]),
         "recall_at_10_of_bfloat16": round(float(np.mean(same)), 4),
         **provenance(encoder, model or "all-MiniLM-L6-v2"),
     }

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from ratios import spread
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from tqdm import tqdm
@@ -88,16 +89,6 @@ def compare(model: SentenceTransformer, tasks: list[STSTask], rounds: int) -> di
             each: apart(evaluate_sts(model, tasks, precision=each).details, stock_of_tasks, stock_scores)
             for each in kinds
         },
-    }
-
-
-def spread(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """How many times as fast we are, over the rounds."""
-    ratios = [other / mine for mine, other in zip(ours, theirs, strict=True)]
-    return {
-        "median": round(statistics.median(ratios), 3),
-        "least": round(min(ratios), 3),
-        "greatest": round(max(ratios), 3),
     }
 
 
