@@ -85,7 +85,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 def _lacks_instructions() -> bool:
     """Whether PyTorch, where it can tell, knows that the CPU emulates bfloat16."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # before PyTorch 2.11
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
         return False
     found = torch.cpu.get_capabilities()
     return found.get("architecture") == "x86_64" and not any(found.get(name) for name in _INSTRUCTIONS)

@@ -14,6 +14,7 @@ from helpers import cpu_with_bfloat16
 from st_kdmcse import precision
 from st_kdmcse.encoding import computing, encode_distinct, encode_documents, encode_queries, encoding_precision
 from st_kdmcse.precision import autocast, bfloat16_is_faster, resolve_precision
+from st_kdmcse.search import SemanticIndex
 
 CPU = torch.device("cpu")
 PROGRAM = """
@@ -128,3 +129,11 @@ def test_processes_compute_in_the_precision(student, sentences):
             student.stop_multi_process_pool(pool)
     np.testing.assert_allclose(there, here, atol=0.02)
     assert not np.allclose(there, encode_documents(student, texts), atol=1e-6)
+
+
+def test_repeated_texts_are_encoded_in_the_precision_that_the_index_records(bfloat16, student, sentences):
+    texts = sentences[:10] * 30  # many texts, few distinct ones
+    index = SemanticIndex.build(student, texts)
+    assert index._header["precision"] == "bfloat16"
+    vectors = index.backend.index.reconstruct_n(0, 10)
+    assert not np.allclose(vectors, encode_documents(student, texts[:10]), atol=1e-6)

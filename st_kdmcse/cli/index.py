@@ -89,8 +89,7 @@ def build(
             if factory or memory_limit or devices:
                 raise ValueError("--factory, --memory-limit and --devices are for an index in a folder, not in Milvus")
             total = records.check()
-            made = SemanticIndex.open(out, model, create=True)
-            made.precision = precision
+            made = SemanticIndex.open(out, model, create=True, precision=precision)
             _fill(made, records, total)
         else:
             made = build_index(
@@ -163,8 +162,7 @@ def add(address: str, file: Path, model: str | None, precision: Precision, **col
     with friendly_errors("stopped; the index is as it was (one in Milvus has what was added so far)"):
         records = record_file(file, columns)
         total = records.check()
-        opened = SemanticIndex.open(address, model)
-        opened.precision = precision
+        opened = SemanticIndex.open(address, model, precision=precision)
         made: list[str] = []
         for chunk in _chunks(records, total):
             ids = None if columns["id_column"] is None else [record.id for record in chunk]
@@ -192,8 +190,7 @@ def update(address: str, file: Path, model: str | None, precision: Precision, **
             raise ValueError("--id-column is missing: which texts of the index are to be replaced?")
         records = record_file(file, columns)
         total = records.check()
-        opened = SemanticIndex.open(address, model)
-        opened.precision = precision
+        opened = SemanticIndex.open(address, model, precision=precision)
         for chunk in _chunks(records, total):
             ids = [record.id for record in chunk]
             opened.update(ids, _texts(chunk), _metadata(chunk), show_progress_bar=False)

@@ -114,22 +114,17 @@ def search(
             out = output_file(out, queries)
             records = record_file(queries, columns)
             total = records.check()
-            opened = SemanticIndex.open(address, model)
-            opened.precision = precision
+            opened = SemanticIndex.open(address, model, precision=precision)
             count = write_rows(out, RESULT_COLUMNS, _results(opened, records, total, k, where, out))
             click.echo(f"{count:,} results of {total:,} queries are in {out}")
             say_what_was_skipped(records)
         elif out is not None or any(columns.values()):
             raise ValueError("--out and the columns of a file go with --queries FILE")
         elif query:
-            opened = SemanticIndex.open(address, model)
-            opened.precision = precision
-            hits = opened.search(text, k, where)
+            hits = SemanticIndex.open(address, model, precision=precision).search(text, k, where)
             click.echo(document(text, k, where, hits) if as_json else table(hits))
         else:
-            opened = SemanticIndex.open(address, model)
-            opened.precision = precision
-            _prompt(opened, k, where, as_json)
+            _prompt(SemanticIndex.open(address, model, precision=precision), k, where, as_json)
 
 
 @click.command(context_settings=SETTINGS)

@@ -144,15 +144,16 @@ class SemanticIndex:
         texts = checked_texts(texts)
         if path is not None:
             check_free(Path(path))
+        computed = encoding_precision(model, precision, len(texts))
         index = cls._from_rows(
             model,
             name,
-            _texts_rows(model, texts, _new_ids(ids, texts), metadata, show_progress_bar, precision),
+            _texts_rows(model, texts, _new_ids(ids, texts), metadata, show_progress_bar, computed),
             factory,
             recall_target,
             memory_limit,
             show_progress_bar,
-            encoding_precision(model, precision, len(texts)),
+            computed,
         )
         index.precision = precision
         if path is not None:
@@ -213,7 +214,11 @@ class SemanticIndex:
 
     @classmethod
     def open(
-        cls, address: str | Path, model: SentenceTransformer | str | None = None, create: bool = False
+        cls,
+        address: str | Path,
+        model: SentenceTransformer | str | None = None,
+        create: bool = False,
+        precision: Precision = "auto",
     ) -> SemanticIndex:
         """Open an index wherever it is.
 
@@ -222,6 +227,7 @@ class SemanticIndex:
                 :func:`~st_kdmcse.search.address.parse_address`.
             model: as in :meth:`load`; needed where the index is made.
             create: make an empty index if there is none yet.
+            precision: that texts and queries are encoded in, see the attribute.
 
         Raises:
             FileNotFoundError: if there is no index and ``create`` is False.
@@ -229,6 +235,12 @@ class SemanticIndex:
             ImportError: without the library of the engine; names the extra.
             OSError: if a server cannot be reached.
         """
+        index = cls._opened(address, model, create)
+        index.precision = precision
+        return index
+
+    @classmethod
+    def _opened(cls, address: str | Path, model: SentenceTransformer | str | None, create: bool) -> SemanticIndex:
         place = parse_address(address)
         if isinstance(place, MilvusAddress):
             return cls._open_milvus(str(address), model, create)
