@@ -5,6 +5,7 @@ A new version of either may move them. ``tests/test_upstream.py`` has a test for
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from st_kdmcse.dropout import dropout as fast_dropout
 
 __all__ = [
     "ATTENTION",
@@ -164,11 +167,34 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of transformers' signature, of (B, heads, L, width) or, with a packing, (1, heads, T, width)."""
     if packing is None:
-        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return plain
+        return _padded_attention(module, query, key, value, attention_mask, **kwargs), None
     query, key, value = (packing.pad(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value))
-    output, _ = sdpa_attention_forward(module, query, key, value, packing.mask[:, None, None], **kwargs)
+    output = _padded_attention(module, query, key, value, packing.mask[:, None, None], **kwargs)
     return packing.pack(output), None
+
+
+def _padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """(B, L, heads, width) from (B, heads, L, width) each."""
+    if not 0 < dropout < 1 or query.device.type != "cpu":
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return output
+    # With dropout on a CPU, PyTorch has no kernel for it and computes these products in float32.
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide).to(query.dtype)
+    return (fast_dropout(weights, dropout) @ value).transpose(1, 2).contiguous()
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -166,6 +166,23 @@ def test_attention_is_registered_and_called(student, sentences, monkeypatch):
         assert upstream.ATTENTION in interface().valid_keys()
 
 
+def test_attention_with_dropout_is_that_of_pytorch_before_anything_is_dropped(student):
+    attention = AttentionInterface()[upstream.ATTENTION]
+    query, key, value = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)[:, None, None]
+    layer = student[0].auto_model.encoder.layer[0].attention.self
+    for given in (None, mask):
+        plain, _ = attention(layer, query, key, value, given, dropout=0.0, scaling=0.7)
+        ours, _ = attention(layer, query, key, value, given, dropout=1e-9, scaling=0.7)  # rounds to no mask at all
+        assert ours.shape == plain.shape == (2, 5, 3, 4)
+        assert torch.allclose(ours, plain, atol=1e-6)
+        gradients = [torch.autograd.grad(each.square().sum(), (query, key, value)) for each in (plain, ours)]
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*gradients, strict=True))
+    torch.manual_seed(0)
+    mean = torch.stack([attention(layer, query, key, value, mask, dropout=0.1, scaling=0.7)[0] for _ in range(3000)])
+    assert torch.allclose(mean.mean(dim=0), plain, atol=0.05)
+
+
 def test_masks_are_made_without_a_look_at_them():
     parameters = inspect.signature(upstream.sdpa_mask).parameters
     assert "allow_is_bidirectional_skip" in parameters, f"{MEND}sdpa_mask has no allow_is_bidirectional_skip any more"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback
 
+from st_kdmcse.dropout import fast_dropout
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import HEADS_DIR
@@ -45,6 +46,7 @@ class KDMCSETrainer(HookedTrainer):
       such a batch would differ from the collator's, the collator makes it.
     - **Padding** is left out of what the student computes where its encoder allows that, see
       :func:`~st_kdmcse.unpadded`.
+    - **Dropout** on a CPU draws a quarter of the random numbers, see :func:`~st_kdmcse.dropout.dropout`.
     - **The model card** names the teacher and tells how to load the heads.
     - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
 
@@ -195,8 +197,11 @@ class KDMCSETrainer(HookedTrainer):
     @contextmanager
     def around_training(self) -> Iterator[None]:
         """Leave padding out of what the student computes; where that is impossible, do not check its masks."""
-        unpad = self.args.device.type == "cpu" if self.unpad is None else self.unpad
+        on_cpu = self.args.device.type == "cpu"
+        unpad = on_cpu if self.unpad is None else self.unpad
         with ExitStack() as stack:
+            if on_cpu and not self.args.torch_compile:
+                stack.enter_context(fast_dropout(self.model))
             try:
                 if not self.args.torch_compile:
                     stack.enter_context((unpadded if unpad else unchecked_masks)(self.model))
