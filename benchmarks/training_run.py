@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
+from torch.utils.data import BatchSampler, ConcatDataset
 from tqdm import tqdm
 from transformers import (
     AutoModel,
@@ -46,6 +52,7 @@ from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.precision import bfloat16_is_faster
 from st_kdmcse.processes import memory_mib
 from st_kdmcse.provenance import provenance
+from st_kdmcse.training.schedule import StepRatioBatchSampler
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Options:
     pretokenize: bool = True
     tokenized_evaluator: bool = True
     features_on_device: bool = True
+    fast_dropout: bool = True
+    group_by_length: bool = False
     bf16: bool = True
     compile_mode: str | None = None
 
@@ -63,6 +72,8 @@ class Options:
 OURS = {
     "st_kdmcse": Options(),
     "st_kdmcse, padded": Options(unpad=False),
+    "st_kdmcse, padded, grouped by length": Options(unpad=False, group_by_length=True),
+    "st_kdmcse, dropout of PyTorch": Options(fast_dropout=False),
     "st_kdmcse, unpadded": Options(unpad=True),
     "st_kdmcse, tokenized by step": Options(pretokenize=False),
     "st_kdmcse, stock evaluator": Options(tokenized_evaluator=False),
@@ -70,7 +81,7 @@ OURS = {
     "st_kdmcse, float32": Options(bf16=False),
     "st_kdmcse, compiled": Options(compile_mode="default"),
     "st_kdmcse, CUDA graphs": Options(compile_mode="reduce-overhead"),
-    "st_kdmcse, none of it": Options(False, False, False, False, bf16=False),
+    "st_kdmcse, none of it": Options(False, False, False, False, False, bf16=False),
 }
 CONTESTANTS = (*OURS, "stock trainer", "stock trainer, bf16", "research style")
 # On a CPU features stay on disk and padding is left out anyway.
@@ -189,8 +200,43 @@ def contest(name: str, settings: Settings, profile: bool, started: float) -> dic
         else:
             clock.count_tokens(model)
         clock.watch(trainer)
-        trainer.train()
+        with nullcontext() if name not in OURS or OURS[name].fast_dropout else dropout_of_pytorch():
+            trainer.train()
     return clock.result(model)
+
+
+@contextmanager
+def dropout_of_pytorch() -> Iterator[None]:
+    """Masks from one random number an element, as in any other code."""
+    with patch("st_kdmcse.dropout.dropout", F.dropout), patch("st_kdmcse.upstream.fast_dropout", F.dropout):
+        yield
+
+
+class GroupedByLength(StepRatioBatchSampler):
+    """Batches of sentences of similar length, from groups of 50 batches, as transformers groups them."""
+
+    def _stream(self, source: int) -> Iterator[list[int]]:
+        lengths = [len(text) for dataset in self.dataset.datasets for text in dataset["sentence"]]
+        batches = super()._stream(source)
+        while True:
+            group = sorted(chain.from_iterable(islice(batches, 50)), key=lengths.__getitem__)
+            cut = [group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size)]
+            random.Random(self.seed).shuffle(cut)
+            yield from cut
+
+
+class GroupingTrainer(KDMCSETrainer):
+    """Our trainer with batches of similar length."""
+
+    def get_multi_dataset_batch_sampler(
+        self,
+        dataset: ConcatDataset[Any],
+        batch_samplers: Sequence[BatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int | None = 0,
+    ) -> BatchSampler:
+        """The schedule of Algorithm 1, with other batches."""
+        return GroupedByLength(dataset, batch_samplers, generator, seed or 0, self.pair_every)
 
 
 def make_student(encoder: str, tokenizer_name: str, layers: int, hidden: int) -> SentenceTransformer:
@@ -240,8 +286,8 @@ def make_trainer(
             else {}
         ),
     )
-    kind = TokenizedSimilarityEvaluator if ours and ours.tokenized_evaluator else EmbeddingSimilarityEvaluator
-    evaluator = kind(dev.sentences1, dev.sentences2, dev.scores, name="sts-dev") if dev else None
+    evaluates = TokenizedSimilarityEvaluator if ours and ours.tokenized_evaluator else EmbeddingSimilarityEvaluator
+    evaluator = evaluates(dev.sentences1, dev.sentences2, dev.scores, name="sts-dev") if dev else None
     texts = read_sentences(settings.text)
     if not ours:
         both = Dataset.from_dict({"anchor": texts["sentence"][:], "positive": texts["sentence"][:]})
@@ -250,7 +296,8 @@ def make_trainer(
     store = FeatureStore.open(settings.features)
     grounded = KDMCSELoss(model, features=store)
     grounded.keep_features_on_device = ours.features_on_device
-    return KDMCSETrainer(
+    kind = GroupingTrainer if ours.group_by_length else KDMCSETrainer
+    return kind(
         model,
         arguments,
         DatasetDict(text=texts, pairs=store.dataset()),
