@@ -9,12 +9,23 @@ from typing import Any, Literal, TypeGuard, get_args
 SoftLabel = Literal["text-text", "text-image", "image-text", "image-image"]
 """Which teacher features are compared: of the anchor, then of the candidate (the m, n of alpha^{m,n} in Eq. 7)."""
 
+SCORE_KINDS = ("text-text", "cross", "image-image", "text-image")
+"""The kinds of teacher scores that have statistics, in order; "cross" is the mean of text-image and image-text."""
+
 Threshold = float | Literal["auto"] | None
 """A score, None for no threshold, or "auto" to read it off the feature store."""
 
+Weight = float | Literal["auto"]
+"""A number, or "auto" to balance gradients in the first batches."""
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+Calibration = Literal["none", "standard", "quantile"]
+"""How a teacher's score becomes a share of pairs that score less, from 0 to 1: not at all, as if scores were normally
+distributed, or by the quantiles of the feature store."""
+
+
+def _option(default: Any, help_text: str, hidden: bool = False) -> Any:
+    """A field with its help; a hidden one is for experiments, and no option of the commands."""
+    return field(default=default, metadata={"help": help_text, "hidden": hidden})
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,8 @@ class KDMCSEConfig:
 
     The defaults are the paper's (:meth:`paper`); :meth:`released` gives the choices of the authors' code. The ablations
     of the paper are values: ``margin=0`` is "without AdapACSE", ``filter_negatives=False`` "without threshold
-    filtering".
+    filtering", ``multimodal_weight=0`` SimCSE. Lists, calibration, ``same_image``, consistency and retention go beyond
+    the paper; both recipes are without.
 
     Args:
         margin: m of AdapACSE in radians, in [0, pi] (Eq. 12).
@@ -41,11 +53,34 @@ class KDMCSEConfig:
         image_threshold: a negative of the image term with a score of at least this leaves; None removes none; "auto"
             reads it off the feature store.
         text_threshold: the same for the caption term.
-        remove_same_image: also remove the cross-modal negatives that share the anchor's image.
-        multimodal_weight: lambda, the weight of the cross-modal terms, >= 0.
+        filter_calibration: what thresholds are compared with: raw scores ("none"), or the share of pairs of different
+            images that score less, so that 0.99 removes the most similar percent of pairs on any branch.
+        filter_relative: compare a negative with the positive of its row and not with a threshold (GISTEmbed).
+        filter_slack: a negative leaves from this far below the positive's score on.
+        soft_label_calibration: what sets the margins: raw scores ("none"), or the share of pairs of different images
+            that score less, which spreads them over [0, 1] on any branch.
+        same_image: what captions of one image are to each other in all terms: a "negative" as any other, nothing
+            ("remove"), or a soft "positive".
+        same_image_weight: w of "positive", >= 0: such a caption is a positive with w times sigmoid((score - mean) /
+            std), of the teacher's text-text score among captions of one image.
+        multimodal_weight: lambda, the weight of the cross-modal terms, >= 0; 0 leaves them and their heads out; "auto"
+            lets their gradient at the embeddings be 0.3 of the text loss's, measured in the first 20 pair batches.
         view_reduction: how the two dropout views of a term are combined.
         modality_reduction: how the image and caption terms are combined.
         projection_dim: width of the shared space, >= 1.
+        list_weight: gamma, the weight of list distillation on pair batches, >= 0; 0 is without.
+        list_text_weight: of the text-text scores in the teacher's lists, >= 0.
+        list_cross_weight: of the mean of text-image and image-text scores, >= 0.
+        list_image_weight: of the image-image scores, >= 0.
+        list_temperature: the teacher's, > 0, in standard deviations of its scores.
+        list_student_temperature: > 0.
+        list_loss: "listnet" or "listmle".
+        list_length: ranks that "listmle" reads, >= 1.
+        list_shuffle: shuffle the teacher's scores within groups of a tenth of its list (DistillCSE).
+        consistency_weight: weight of the divergence between the lists of two views, on text batches, >= 0.
+        retention_weight: weight of list distillation from the student as it was before training, on text batches, >= 0;
+            the loss keeps a frozen copy of the model. The four options of lists above hold for it too.
+        reverse_margin: a control for experiments: margins as wide as the teacher finds a pair alike.
 
     Raises:
         ValueError: for a value out of range, by name.
@@ -71,25 +106,78 @@ class KDMCSEConfig:
     text_threshold: Threshold = _option(
         0.8, "score from which a negative leaves the caption term: number, none or auto"
     )
-    remove_same_image: bool = _option(False, "remove the cross-modal negatives that share the anchor's image")
-    multimodal_weight: float = _option(0.01, "lambda, the weight of the cross-modal terms")
+    filter_calibration: Calibration = _option("none", "compare thresholds with scores, or with shares of pairs (0.99)")
+    filter_relative: bool = _option(False, "remove the negatives that score above the positive, without a threshold")
+    filter_slack: float = _option(0.0, "how far below the positive's score a negative may be to leave")
+    soft_label_calibration: Calibration = _option("none", "margins by scores, or by shares of pairs that score less")
+    same_image: Literal["negative", "remove", "positive"] = _option(
+        "negative", "what captions of one image are to each other in a batch"
+    )
+    same_image_weight: float = _option(1.0, "weight of captions of one image as soft positives")
+    multimodal_weight: Weight = _option(0.01, "lambda, the weight of the cross-modal terms: number or auto")
     view_reduction: Literal["sum", "mean"] = _option("sum", "how the two dropout views are combined")
     modality_reduction: Literal["sum", "mean"] = _option("mean", "how the image and caption terms are combined")
     projection_dim: int = _option(256, "width of the shared space of student and teacher")
+    list_weight: float = _option(0.0, "weight of list distillation from the teacher on pair batches")
+    list_text_weight: float = _option(1.0, "weight of text-text scores in the teacher's lists")
+    list_cross_weight: float = _option(0.5, "weight of text-image scores in the teacher's lists")
+    list_image_weight: float = _option(0.25, "weight of image-image scores in the teacher's lists")
+    list_temperature: float = _option(0.5, "temperature of the teacher's lists, in standard deviations of its scores")
+    list_student_temperature: float = _option(0.05, "temperature of the student's lists")
+    list_loss: Literal["listnet", "listmle"] = _option("listnet", "compare lists as distributions or by their order")
+    list_length: int = _option(16, "ranks that listmle reads")
+    list_shuffle: bool = _option(False, "shuffle the teacher's scores within groups of about the same rank")
+    consistency_weight: float = _option(0.0, "weight of the consistency of two views' lists on text batches")
+    retention_weight: float = _option(0.0, "weight of list distillation from the untrained student on text batches")
+    reverse_margin: bool = _option(False, "margins as wide as the teacher finds a pair alike", hidden=True)
 
     def __post_init__(self) -> None:
         _check_shared(self)
         _check(self, "margin", _is_angle(self.margin), "in [0, pi]")
+        for name in ("image_soft_label", "text_soft_label", "image_filter", "text_filter"):
+            _check_choice(self, name, get_args(SoftLabel))
+        for name in ("filter_calibration", "soft_label_calibration"):
+            _check_choice(self, name, get_args(Calibration))
+        for name in ("view_reduction", "modality_reduction"):
+            _check_choice(self, name, ("sum", "mean"))
+        _check_choice(self, "filter_score", ("cosine", "dot"))
+        _check_choice(self, "same_image", ("negative", "remove", "positive"))
+        _check_choice(self, "list_loss", ("listnet", "listmle"))
+        for name in (
+            "margin_guard",
+            "filter_negatives",
+            "filter_inclusive",
+            "filter_relative",
+            "list_shuffle",
+            "reverse_margin",
+        ):
+            _check(self, name, isinstance(getattr(self, name), bool), "True or False")
+        for name in (
+            "same_image_weight",
+            "list_weight",
+            "list_text_weight",
+            "list_cross_weight",
+            "list_image_weight",
+            "consistency_weight",
+            "retention_weight",
+        ):
+            _check_weight(self, name)
+        for name in ("list_temperature", "list_student_temperature"):
+            _check_temperature(self, name)
+        _check(self, "filter_slack", _is_number(self.filter_slack), "a number")
+        _check_whole(self, "list_length")
+        self._check_filter()
+        branches = self.list_text_weight + self.list_cross_weight + self.list_image_weight
+        _check(self, "list_weight", not self.list_weight or branches > 0, "0 where all three branches have weight 0")
+
+    def _check_filter(self) -> None:
+        calibrated = self.filter_negatives and self.filter_calibration != "none"
+        _check(self, "filter_score", not calibrated or self.filter_score == "cosine", '"cosine" with a calibration')
         for name in ("image_threshold", "text_threshold"):
             value = getattr(self, name)
             _check(self, name, value is None or value == "auto" or _is_number(value), 'a number, None or "auto"')
-        for name in ("image_soft_label", "text_soft_label", "image_filter", "text_filter"):
-            _check(self, name, getattr(self, name) in get_args(SoftLabel), f"one of {', '.join(get_args(SoftLabel))}")
-        for name in ("view_reduction", "modality_reduction"):
-            _check(self, name, getattr(self, name) in ("sum", "mean"), '"sum" or "mean"')
-        for name in ("margin_guard", "filter_negatives", "filter_inclusive", "remove_same_image"):
-            _check(self, name, isinstance(getattr(self, name), bool), "True or False")
-        _check(self, "filter_score", self.filter_score in ("cosine", "dot"), '"cosine" or "dot"')
+            share = value is None or (_is_number(value) and 0 <= value <= 1)
+            _check(self, name, share or not calibrated, "a share of pairs from 0 to 1, or None, with a calibration")
 
     @classmethod
     def paper(cls, **overrides: Any) -> KDMCSEConfig:
@@ -120,7 +208,7 @@ class MCSEConfig:
     """The options of MCSE, named and checked as in :class:`KDMCSEConfig`; the defaults are MCSE's.
 
     Args:
-        multimodal_weight: lambda, the weight of the cross-modal terms, >= 0.
+        multimodal_weight: lambda, the weight of the cross-modal terms, >= 0, or "auto".
         temperature: of the cross-modal terms, > 0.
         text_temperature: of the text loss, > 0.
         text_margin: a fixed margin in radians on the negatives of the text loss, in [0, pi]; 0 is MCSE.
@@ -130,7 +218,7 @@ class MCSEConfig:
         ValueError: for a value out of range, by name.
     """
 
-    multimodal_weight: float = 0.01
+    multimodal_weight: Weight = 0.01
     temperature: float = 0.05
     text_temperature: float = 0.05
     text_margin: float = 0.0
@@ -149,16 +237,34 @@ def _check(config: KDMCSEConfig | MCSEConfig, name: str, valid: bool, expected: 
         raise ValueError(f"{type(config).__name__}: {name} must be {expected}, got {getattr(config, name)!r}")
 
 
+def _check_choice(config: KDMCSEConfig, name: str, choices: tuple[str, ...]) -> None:
+    _check(config, name, getattr(config, name) in choices, f"one of {', '.join(choices)}")
+
+
+def _check_weight(config: KDMCSEConfig | MCSEConfig, name: str) -> None:
+    value = getattr(config, name)
+    _check(config, name, _is_number(value) and value >= 0, "a number >= 0")
+
+
+def _check_temperature(config: KDMCSEConfig | MCSEConfig, name: str) -> None:
+    value = getattr(config, name)
+    _check(config, name, _is_number(value) and value > 0, "a positive number")
+
+
+def _check_whole(config: KDMCSEConfig | MCSEConfig, name: str) -> None:
+    value = getattr(config, name)
+    whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    _check(config, name, whole, "a whole number >= 1")
+
+
 def _check_shared(config: KDMCSEConfig | MCSEConfig) -> None:
     """Check the options that both methods have."""
     _check(config, "text_margin", _is_angle(config.text_margin), "in [0, pi]")
     for name in ("temperature", "text_temperature"):
-        value = getattr(config, name)
-        _check(config, name, _is_number(value) and value > 0, "a positive number")
-    weight, width = config.multimodal_weight, config.projection_dim
-    _check(config, "multimodal_weight", _is_number(weight) and weight >= 0, "a number >= 0")
-    whole = isinstance(width, int) and not isinstance(width, bool) and width > 0
-    _check(config, "projection_dim", whole, "a whole number >= 1")
+        _check_temperature(config, name)
+    if config.multimodal_weight != "auto":
+        _check_weight(config, "multimodal_weight")
+    _check_whole(config, "projection_dim")
 
 
 def _is_angle(value: object) -> bool:

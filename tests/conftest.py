@@ -168,3 +168,25 @@ def store(tmp_path_factory, sentences) -> FeatureStore:
         [f"{image}.jpg" for image in range(24)],
         teacher="random",
     )
+
+
+@pytest.fixture(scope="session")
+def exact_store(tmp_path_factory, sentences):
+    """As :func:`store`, of features whose float32 cosines are exact: the order of a sum does not round them."""
+    generator = np.random.default_rng(1)
+    images = np.zeros((24, 8), dtype=np.float32)
+    for features in images:
+        features[generator.permutation(8)[:4]] = generator.choice([-0.5, 0.5], size=4)
+    rows = np.repeat(np.arange(24), 3)
+    texts = images[rows].copy()
+    for features in texts[1::3]:
+        features[np.flatnonzero(features)[0]] *= -1
+    return FeatureStore.from_arrays(
+        tmp_path_factory.mktemp("exact-store") / "features",
+        images,
+        texts,
+        sentences[:72],
+        rows,
+        [f"{image}.jpg" for image in range(24)],
+        teacher="exact",
+    )

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def make_trainer(tiny_bert, sentences, store, output, unpad=None, **options):
     torch.manual_seed(0)
     model = build_student(str(tiny_bert)).to("cuda")
-    config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, remove_same_image=True)
+    config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, same_image="remove")
     arguments = {"max_steps": 12, "save_steps": 6, "per_device_train_batch_size": 16, "logging_steps": 1, **options}
     return KDMCSETrainer(
         model=model,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from st_kdmcse.cli.training import config_options, training_options
+from st_kdmcse.cli.training import config_options, given_config, training_options
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import load_sts_tasks
 from st_kdmcse.data.sts import STSTask
@@ -143,10 +143,8 @@ def split_options(arguments: dict[str, Any], root: Path) -> tuple[dict[str, Any]
         root: the folder of the grid, where converted features go.
     """
     names = {option.name for option in fields(KDMCSEConfig)}
-    given = {name: value for name, value in arguments.items() if name in names and value is not None}
-    config = {name: None if value == "none" else value for name, value in given.items()}
     options = {name: value for name, value in arguments.items() if name not in names}
-    return {**options, "features": shared_features(root, options["features"])}, config
+    return {**options, "features": shared_features(root, options["features"])}, given_config(arguments)
 
 
 def compare_grid(result: GridResult, tasks: Sequence[STSTask], bootstrap: int, bootstrap_seed: int) -> Comparison:

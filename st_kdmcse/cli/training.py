@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
-from st_kdmcse.config import KDMCSEConfig, Threshold
+from st_kdmcse.config import KDMCSEConfig, Threshold, Weight
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
@@ -35,16 +35,24 @@ _EXAMPLES = {
 }
 
 
-class _ThresholdType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    name = "number|none|auto"
+class _NumberOr(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A number, or one of some words."""
+
+    def __init__(self, *words: str) -> None:
+        self._words = words
+        self.name = "|".join(("number", *words))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in ("none", "auto"):
+        if value in self._words:
             return value
         try:
             return float(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'none' nor 'auto'", param, ctx)
+            words = " nor ".join(f"'{word}'" for word in self._words)
+            self.fail(f"{value!r} is neither a number nor {words}", param, ctx)
+
+
+_TYPES = {Threshold: _NumberOr("none", "auto"), Weight: _NumberOr("auto")}
 
 
 def training_command(dataset: str) -> Callable[[Command], click.Command]:
@@ -78,23 +86,36 @@ def training_command(dataset: str) -> Callable[[Command], click.Command]:
 
 
 def config_options(command: Command) -> Command:
-    """Give a command an option for every field of :class:`KDMCSEConfig`; its value is None if it is not given.
+    """Give a command an option for the fields of :class:`KDMCSEConfig`; its value is None if it is not given.
 
-    ``--threshold`` sets both thresholds; the command sees those two only.
+    Fields for experiments have none. ``--threshold`` sets both thresholds; the command sees those two only.
     """
     types = get_type_hints(KDMCSEConfig)
     for option in reversed(fields(KDMCSEConfig)):
+        if option.metadata["hidden"]:
+            continue
         flag = "--" + option.name.replace("_", "-")
         kind: Any = types[option.name]
         if kind is bool:
             flag, kind = f"{flag}/--no-{flag[2:]}", None
-        elif kind == Threshold:
-            kind = _ThresholdType()
+        elif kind in _TYPES:
+            kind = _TYPES[kind]
         elif get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
         text = f"{_sentence(option.metadata['help'])}  [paper: {option.default}; released: {_released(option.name)}]"
         command = click.option(flag, option.name, type=kind, default=None, help=text)(command)
     return _threshold_option(command)
+
+
+def given_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the config that a command was given.
+
+    Args:
+        arguments: values of :func:`config_options` by name, and others.
+    """
+    types = get_type_hints(KDMCSEConfig)
+    given = {name: value for name, value in arguments.items() if name in types and value is not None}
+    return {name: None if value == "none" and types[name] == Threshold else value for name, value in given.items()}
 
 
 def _threshold_option(command: Command) -> Command:
@@ -110,7 +131,7 @@ def _threshold_option(command: Command) -> Command:
         return command(**arguments)
 
     text = "Threshold of both branches; --image-threshold and --text-threshold override it."
-    return click.option("--threshold", type=_ThresholdType(), default=None, help=text)(with_both)
+    return click.option("--threshold", type=_TYPES[Threshold], default=None, help=text)(with_both)
 
 
 def training_options(command: Command, output_dir: Path) -> Command:
@@ -192,15 +213,13 @@ def run_training(arguments: dict[str, Any], preset: DatasetPreset) -> None:
     """
     quiet_libraries()
     names = {option.name for option in fields(KDMCSEConfig)}
-    given = {name: value for name, value in arguments.items() if name in names and value is not None}
-    given = {name: None if value == "none" else value for name, value in given.items()}
     usual = {name: value for name, value in preset.config.items() if name in METHODS[arguments["method"]].reads}
     extraction = {
         name.removeprefix(_EXTRACTION): value for name, value in arguments.items() if name.startswith(_EXTRACTION)
     }
     with friendly_errors("stopped; the same command (with --resume, once training had begun) goes on from there"):
         options = TrainingOptions(
-            config=usual | given,
+            config=usual | given_config(arguments),
             extraction=_extraction(extraction, preset.teachers[arguments["recipe"]]),
             **{
                 name: value

@@ -17,6 +17,7 @@ FORMAT = "st_kdmcse.feature_store"
 VERSION = 1
 IMAGES, TEXTS, MANIFEST = "image_features.npy", "text_features.npy", "manifest.json"
 ARROW, CSV = "captions.arrow", "captions.csv"
+STATISTICS = "statistics.json"
 SCHEMA = pa.schema(
     [("image", pa.string()), ("caption", pa.string()), ("image_row", pa.int64()), ("text_row", pa.int64())]
 )

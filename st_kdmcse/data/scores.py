@@ -127,8 +127,8 @@ def sampled_cosines(store: FeatureStore, first: RowNumbers, second: RowNumbers) 
         first: a row of each image, see :func:`draw_captions`.
         second: another row of some of the images.
     """
-    texts, images, image_rows = _unit_features(store, first)
-    other_texts, _, other_rows = _unit_features(store, second)
+    texts, images, image_rows = unit_features(store, first)
+    other_texts, _, other_rows = unit_features(store, second)
     _, here, there = np.intersect1d(image_rows, other_rows, assume_unique=True, return_indices=True)
     cosines = texts @ images.T
     own, others = np.diagonal(cosines), ~np.eye(len(cosines), dtype=bool)
@@ -182,20 +182,28 @@ def draw_images(store: FeatureStore, max_images: int, seed: int) -> RowNumbers:
     return np.random.default_rng(seed).choice(images, max_images, replace=False)
 
 
-def unit_rows(features: Array, dtype: type[np.floating[Any]] = np.float32) -> Array:
-    """(n, T) features in float32, or another type, with rows of length 1; a row of zeros stays one."""
-    wide = features.astype(dtype)
-    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(dtype).tiny))
+def unit_features(store: FeatureStore, rows: RowNumbers) -> tuple[Array, Array, RowNumbers]:
+    """Features of captions and of their images in float64, of length 1, without the rows that hold NaN.
 
+    Args:
+        store: the teacher features.
+        rows: n row numbers.
 
-def _unit_features(store: FeatureStore, rows: RowNumbers) -> tuple[Array, Array, RowNumbers]:
-    """Unit features of captions and of their images, and the image rows; rows that hold NaN are left out."""
+    Returns:
+        (m, T) of the texts, (m, T) of the images, and the m image rows.
+    """
     if not rows.size:
         return np.empty((0, store.dim)), np.empty((0, store.dim)), rows
     batch = store.gather(rows)
     finite = np.isfinite(batch.text_features).all(axis=1) & np.isfinite(batch.image_features).all(axis=1)
     texts, images = (unit_rows(each[finite], np.float64) for each in (batch.text_features, batch.image_features))
     return texts, images, batch.image_rows[finite]
+
+
+def unit_rows(features: Array, dtype: type[np.floating[Any]] = np.float32) -> Array:
+    """(n, T) features in float32, or another type, with rows of length 1; a row of zeros stays one."""
+    wide = features.astype(dtype)
+    return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(dtype).tiny))
 
 
 def _prepared(features: Array, score: str) -> Array:

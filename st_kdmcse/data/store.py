@@ -72,6 +72,7 @@ class FeatureStore:
     ``manifest.json``       format and version, teacher, dim, dtype, whether all features have norm 1, whether images
                             and texts share one space, the numbers of images and rows, bytes and SHA-256 of each file,
                             and a checksum of all that
+    ``statistics.json``     statistics of the teacher's scores, written when a loss first asks for them
     ======================  ==========================================================================================
 
     A folder without a manifest opens too: the teacher is then "unknown", ``normalized`` is read off a sample of the

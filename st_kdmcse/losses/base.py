@@ -63,7 +63,8 @@ class TwoViewLoss(nn.Module):
                 f"{type(self).__name__} takes one column of sentences, or two views of it; got {len(columns)}"
             )
         views = self.embed(columns)
-        return self.compute_loss_from_embeddings(views, **self.teacher_batch(labels, views[0].device))
+        given = self.text_batch(columns) if labels is None else self.teacher_batch(labels, views[0].device)
+        return self.compute_loss_from_embeddings(views, **given)
 
     def embed(self, columns: list[dict[str, Tensor]]) -> Views:
         """The two views, (N, hidden) each, from two tokenized columns of N sentences."""
@@ -99,6 +100,10 @@ class TwoViewLoss(nn.Module):
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """The text term: (N, hidden) and (M, hidden) head outputs to a scalar."""
         raise NotImplementedError
+
+    def text_batch(self, columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a batch of plain text brings for :meth:`compute_loss_from_embeddings`, besides its views."""
+        return {}
 
     def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
         """What the labels bring for :meth:`compute_loss_from_embeddings`; nothing for a loss without teacher."""

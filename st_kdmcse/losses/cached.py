@@ -102,6 +102,22 @@ class GradientCaching(CachedLossMixin, TwoViewLoss):
         # The library's function lets DDP average the gradients after the last mini-batch only.
         backward_of_mini_batches(gradient.new_ones(()), columns, self, cache, conditions, [None] * len(columns))
 
+    def text_batch(self, columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As without caching, a mini-batch at a time."""
+        count = len(columns[0]["input_ids"])
+        parts = []
+        for start in range(0, count, self.mini_batch_size):
+            rows = slice(start, start + self.mini_batch_size)
+            parts.append(
+                super().text_batch(
+                    [
+                        {name: value[rows] if isinstance(value, Tensor) else value for name, value in column.items()}
+                        for column in columns
+                    ]
+                )
+            )
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def over_anchors(self, loss: AnchorLoss, anchors: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
         """The mean of a loss over all anchors, and the sums of its counts, from ``chunk_rows`` anchors at a time."""
         count = len(next(iter(anchors.values())))

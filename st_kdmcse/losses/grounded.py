@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from st_kdmcse import functional
-from st_kdmcse.config import KDMCSEConfig, SoftLabel
+from st_kdmcse.config import SCORE_KINDS, KDMCSEConfig
+from st_kdmcse.functional import ScoreStatistics
 from st_kdmcse.losses.base import AnchorTensors, TwoViewLoss, Views
 from st_kdmcse.losses.components import LossComponents
-from st_kdmcse.losses.heads import ProjectionHead
+from st_kdmcse.losses.heads import GradientBalance, ProjectionHead
+from st_kdmcse.losses.teacher_scores import TeacherScores, batch_statistics, needs_statistics, score_kinds
 
 if TYPE_CHECKING:
     from st_kdmcse.data.resident import ResidentFeatures
@@ -29,7 +34,10 @@ DEFAULT_TEACHER_DIM = 512
 # The name of each term in the logs: "text" is the student's own text loss there.
 _TERM: dict[Modality, str] = {"image": "image", "text": "caption"}
 
-_SCORES = {"cosine": functional.cosine_similarity_matrix, "dot": functional.dot_product_matrix}
+_VIEWS = ("first", "second")
+
+ListScores = Callable[[AnchorTensors], tuple[Tensor, Tensor | None]]
+"""The scores of some anchors with all candidates, and which pairs are in the lists."""
 
 
 class GroundedLoss(TwoViewLoss):
@@ -76,20 +84,43 @@ class GroundedLoss(TwoViewLoss):
         self.modalities = tuple(modalities)
         self.teacher_dim = teacher_dim
         self.features = features
+        self.statistics = _statistics_of(features) if features is not None and needs_statistics(config) else None
         self._resident: tuple[torch.device, ResidentFeatures | None] | None = None
-        self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
-        for modality in self.modalities:
-            self.heads[f"teacher_{modality}"] = ProjectionHead(self.teacher_dim, config.projection_dim)
+        if config.multimodal_weight != 0:
+            self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
+            for modality in self.modalities:
+                self.heads[f"teacher_{modality}"] = ProjectionHead(self.teacher_dim, config.projection_dim)
+        if config.multimodal_weight == "auto":
+            self.heads["balance"] = GradientBalance()
         self.heads.to(model.device)
+        # In a tuple it is no submodule: neither trained, nor saved, nor replaced by the wrappers of the Trainer.
+        self._initial = (deepcopy(model).eval().requires_grad_(False),) if config.retention_weight else ()
 
-    def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
-        """SimCSE (Eq. 1), or with ``text_margin`` the released code's fixed margin on the negatives."""
+    def text_loss(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        offset: int,
+        keep: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """SimCSE (Eq. 1), or with ``text_margin`` the released code's fixed margin on the negatives.
+
+        Args:
+            anchors: (N, hidden) head outputs.
+            candidates: (M, hidden) head outputs.
+            offset: the candidate of anchor 0.
+            keep: (N, M) which negatives stay; None is all.
+            targets: (N, M) shares of several positives; None is one each.
+        """
         config = self.config
         return functional.info_nce_with_margin(
             anchors,
             candidates,
             config.text_margin,
             config.text_temperature,
+            keep,
+            targets,
             guard=config.margin_guard,
             positive_offset=offset,
         )
@@ -100,44 +131,49 @@ class GroundedLoss(TwoViewLoss):
         image_features: Tensor | None = None,
         text_features: Tensor | None = None,
         image_ids: Any = None,
+        initial_embeddings: Tensor | None = None,
     ) -> LossComponents:
-        """The loss of sentences that are encoded already: the text loss alone where there are no teacher features.
+        """The loss of sentences that are encoded already: that of plain text where there are no teacher features.
 
         Args:
             views: two (N, hidden) tensors, the sentence embeddings under two dropout masks.
             image_features: (N, T) teacher features of each sentence's image, or None.
             text_features: (N, T) teacher features of each sentence, or None.
-            image_ids: N integers (or any hashable values) that are equal where the image is; needed by
-                ``remove_same_image``.
+            image_ids: N integers (or any hashable values) that are equal where the image is; needed by ``same_image``.
+                With them, captions of one image are not in each other's lists.
+            initial_embeddings: (N, any width) of plain text by the student as it was before training, for
+                ``retention_weight``.
 
         Returns:
-            The terms "text", "image" and "caption", weighted: their sum is the training loss. As metrics, how many
-            negatives the filter removed from each cross-modal term.
+            The terms, weighted: their sum is the training loss. They are "text"; of pairs also "image", "caption" and
+            "list"; of plain text also "consistency" and "retention". As metrics, how many negatives were removed from a
+            term, and the weight of the cross-modal terms if it is "auto".
 
         Raises:
             ValueError: if one of the features is missing or has the wrong shape.
         """
-        loss = super().compute_loss_from_embeddings(views)
         rows: AnchorTensors = {}
         if image_features is not None:
             rows["image"] = image_features
         if text_features is not None:
             rows["text"] = text_features
         if not rows:
-            return loss
+            return self._loss_of_text(views, initial_embeddings)
         self._check_features(rows, len(views[0]))
-        if self.config.remove_same_image:
+        if self.config.same_image != "negative" or (self.config.list_weight and image_ids is not None):
             rows["image_ids"] = self._image_numbers(image_ids).to(views[0].device)
-        candidates = {name: self.gather(values) for name, values in rows.items()}
-        rows["first"], rows["second"] = (self.heads["grounding"](view) for view in views)
-        for modality in self.modalities:
-            teacher = self.heads[f"teacher_{modality}"](candidates[modality])
-            cross_modal = partial(self._cross_modal, modality, teacher, candidates)
-            term, *removed = self.over_anchors(cross_modal, rows, self.offset(views[0]))
-            loss[_TERM[modality]] = self._weight * term
-            if removed:
-                loss.metrics[f"{_TERM[modality]}_negatives_removed"] = removed[0]
-        return loss
+        return self._loss_of_pairs(views, rows)
+
+    def text_batch(self, columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The embeddings of the student as it was before training, for ``retention_weight``."""
+        if not self._initial:
+            return {}
+        (model,) = self._initial
+        device = columns[0]["input_ids"].device
+        if model.device != device:
+            model.to(device)
+        with torch.no_grad():
+            return {"initial_embeddings": model(dict(columns[0]))["sentence_embedding"]}
 
     def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
         """Teacher features from the labels: row numbers (N,) or (N, 1) of the store, or the features (N, 2 T)."""
@@ -161,71 +197,178 @@ class GroundedLoss(TwoViewLoss):
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
         store = self.features
-        of_store = {} if store is None else {"teacher": store.teacher, "features_sha256": store.checksum}
+        of_store: dict[str, Any] = {}
+        if store is not None:
+            of_store |= {"teacher": store.teacher, "features_sha256": store.checksum}
+        if store is not None and (statistics := self.statistics) is not None:
+            moments = zip(SCORE_KINDS, statistics.mean.tolist(), statistics.std.tolist(), strict=True)
+            of_store["teacher_scores"] = {kind: {"mean": mean, "std": std} for kind, mean, std in moments}
         return {"teacher_dim": self.teacher_dim, **of_store, **super().get_config_dict()}
 
+    def _loss_of_text(self, views: Views, initial_embeddings: Tensor | None) -> LossComponents:
+        """The text loss, and with consistency and retention their terms."""
+        config, offset = self.config, self.offset(views[0])
+        loss = super().compute_loss_from_embeddings(views)
+        if config.consistency_weight:
+            rows, others = self._lists_of(views)
+            (term,) = self.over_anchors(partial(self._consistency, others), rows, offset)
+            loss["consistency"] = config.consistency_weight * term
+        if config.retention_weight and initial_embeddings is not None:
+            candidates = {"initial": self.gather(initial_embeddings)}
+            statistics = batch_statistics(_initial_scores, candidates)
+
+            def scores(given: AnchorTensors) -> tuple[Tensor, None]:
+                plain = _initial_scores(given, candidates)[0]
+                return functional.standardize(plain, statistics.mean[0], statistics.std[0]), None
+
+            term = self._list_term(views, {"initial": initial_embeddings}, scores)
+            loss["retention"] = config.retention_weight * term
+        return loss
+
+    def _loss_of_pairs(self, views: Views, rows: AnchorTensors) -> LossComponents:
+        """The text loss, the cross-modal terms and the lists of sentences with teacher features."""
+        config, offset = self.config, self.offset(views[0])
+        candidates = {name: self.gather(values) for name, values in rows.items()}
+        teacher = TeacherScores(config, candidates, self._statistics_for(candidates))
+        anchors, others, _ = self.project_text(views)
+        text_term = partial(self._text_term, teacher, others)
+        terms = {"text": self.over_anchors(text_term, {**rows, "anchors": anchors}, offset)}
+        weights = {"text": 1.0}
+        metrics = {}
+        if config.multimodal_weight != 0:
+            given = rows | {name: self.heads["grounding"](view) for name, view in zip(_VIEWS, views, strict=True)}
+            for modality in self.modalities:
+                features = self.heads[f"teacher_{modality}"](candidates[modality])
+                cross_modal = partial(self._cross_modal, modality, teacher, features)
+                terms[_TERM[modality]] = self.over_anchors(cross_modal, given, offset)
+            weight = self._multimodal_weight(terms, views)
+            weights |= {_TERM[modality]: weight / self._summed for modality in self.modalities}
+            if config.multimodal_weight == "auto":
+                metrics["multimodal_weight"] = views[0].new_tensor(weight)
+        metrics |= {f"{name}_negatives_removed": counts[0] for name, (_, *counts) in terms.items() if counts}
+        loss = LossComponents({name: weights[name] * term for name, (term, *_) in terms.items()}, metrics)
+        if config.list_weight:
+            loss["list"] = config.list_weight * self._list_term(views, rows, teacher.lists)
+        return loss
+
     @property
-    def _weight(self) -> float:
-        """What a term is multiplied with, once summed over the two views."""
+    def _summed(self) -> int:
+        """How many views and modalities a sum of cross-modal terms has to be divided by, for the mean of either."""
         views = 2 if self.config.view_reduction == "mean" else 1
         modalities = len(self.modalities) if self.config.modality_reduction == "mean" else 1
-        return self.config.multimodal_weight / (views * modalities)
+        return views * modalities
+
+    def _multimodal_weight(self, terms: Mapping[str, tuple[Tensor, ...]], views: Views) -> float:
+        """Lambda: the option, or with "auto" what the gradients of this batch and those before say."""
+        if self.config.multimodal_weight != "auto":
+            return self.config.multimodal_weight
+        balance = cast("GradientBalance", self.heads["balance"])
+        if not balance.settled and torch.is_grad_enabled() and views[0].requires_grad:
+            cross_modal = torch.stack([terms[_TERM[modality]][0] for modality in self.modalities]).sum()
+            of_text, of_cross_modal = (_gradient_norm(term, views) for term in (terms["text"][0], cross_modal))
+            ratio = of_text / (of_cross_modal / self._summed)
+            if get_world_size() > 1:
+                dist.all_reduce(ratio)
+                ratio /= get_world_size()
+            balance.add(float(ratio))
+        return balance.weight
+
+    def _text_term(
+        self, teacher: TeacherScores, others: Tensor, rows: AnchorTensors, offset: int
+    ) -> tuple[Tensor, ...]:
+        """The text loss of some captions, and how many negatives of their image left, if they may."""
+        keep, targets = teacher.other_image(rows, offset), teacher.targets(rows, offset)
+        return _with_count(self.text_loss(rows["anchors"], others, offset, keep, targets), keep, targets)
 
     def _cross_modal(
-        self, modality: Modality, teacher: Tensor, candidates: AnchorTensors, rows: AnchorTensors, offset: int
+        self, modality: Modality, teacher: TeacherScores, features: Tensor, rows: AnchorTensors, offset: int
     ) -> tuple[Tensor, ...]:
-        """AdapACSE of some anchors, summed over their views, and how many negatives the filter removed, if it is on."""
-        keep = self._keep(modality, rows, candidates, offset)
-        soft_labels = self._soft_labels(modality, rows, candidates)
-        views = [self._adap_acse(rows[view], teacher, soft_labels, keep, offset) for view in ("first", "second")]
-        term = torch.stack(views).sum()
-        return (term,) if keep is None else (term, (~keep).sum())
-
-    def _adap_acse(
-        self, anchors: Tensor, teacher: Tensor, soft_labels: Tensor, keep: Tensor | None, offset: int
-    ) -> Tensor:
+        """AdapACSE of some anchors, summed over their views, and how many negatives were removed, if any may be."""
         config = self.config
-        return functional.adap_acse(
-            anchors,
-            teacher,
-            soft_labels,
-            config.margin,
-            config.temperature,
-            keep,
-            guard=config.margin_guard,
-            positive_offset=offset,
-        )
-
-    def _soft_labels(self, modality: Modality, rows: AnchorTensors, candidates: AnchorTensors) -> Tensor:
-        if self.config.margin == 0:  # no margin to scale: any matrix of the right shape will do
-            features = rows[modality]
-            return features.new_zeros(len(features), len(candidates[modality]))
-        kind = self.config.image_soft_label if modality == "image" else self.config.text_soft_label
-        return functional.cosine_similarity_matrix(*_sides(kind, rows, candidates))
-
-    def _keep(self, modality: Modality, rows: AnchorTensors, candidates: AnchorTensors, offset: int) -> Tensor | None:
-        """The (N, M) mask of the pairs that stay, None where nothing is removed."""
-        config = self.config
-        threshold = config.image_threshold if modality == "image" else config.text_threshold
-        keep = None
-        if config.filter_negatives and threshold is not None:
-            kind = config.image_filter if modality == "image" else config.text_filter
-            anchors, others = _sides(kind, rows, candidates)
-            similarity = _SCORES[config.filter_score]
-            keep = functional.threshold_filter(
-                similarity(anchors, others), float(threshold), inclusive=config.filter_inclusive, positive_offset=offset
+        keep, targets = teacher.keep(modality, rows, offset), teacher.targets(rows, offset)
+        soft_labels = teacher.soft_labels(modality, rows)
+        views = [
+            functional.adap_acse(
+                rows[view],
+                features,
+                soft_labels,
+                config.margin,
+                config.temperature,
+                keep,
+                targets,
+                guard=config.margin_guard,
+                positive_offset=offset,
             )
-        if config.remove_same_image:
-            other_image = rows["image_ids"].unsqueeze(1) != candidates["image_ids"]
-            other_image |= functional.positive_mask(other_image, offset)
-            keep = other_image if keep is None else keep & other_image
-        return keep
+            for view in _VIEWS
+        ]
+        return _with_count(torch.stack(views).sum(), keep, targets)
+
+    def _lists_of(self, views: Views) -> tuple[AnchorTensors, AnchorTensors]:
+        """The views by name, of the anchors and of all candidates."""
+        rows = dict(zip(_VIEWS, views, strict=True))
+        return rows, {name: self.gather(view, with_grad=True) for name, view in rows.items()}
+
+    def _list_term(self, views: Views, given: AnchorTensors, scores: ListScores) -> Tensor:
+        """List distillation from a teacher's scores, the mean of both directions between the views.
+
+        Args:
+            views: the sentence embeddings.
+            given: what the scores need of each anchor.
+            scores: the (N, M) scores of some anchors, and which pairs are in their lists; None for all.
+        """
+        config = self.config
+        rows, others = self._lists_of(views)
+        if config.list_shuffle:
+            # Numbers for each row and each column: a matrix of them would not fit where batches are cached.
+            noise = torch.rand(len(others["first"]), device=views[0].device)
+            given = given | {"noise": 100 + 900 * torch.rand(len(views[0]), device=views[0].device)}
+
+        def both_directions(rows: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
+            teacher, keep = scores(rows)
+            if config.list_shuffle:
+                of_pairs = torch.outer(rows["noise"], noise).frac()
+                teacher = functional.shuffle_groups(
+                    teacher, of_pairs, config.list_temperature, keep, positive_offset=offset
+                )
+            terms = [
+                functional.list_distillation(
+                    rows[view],
+                    others[other],
+                    teacher,
+                    config.list_student_temperature,
+                    config.list_temperature,
+                    keep,
+                    loss=config.list_loss,
+                    length=config.list_length,
+                    positive_offset=offset,
+                )
+                for view, other in (_VIEWS, reversed(_VIEWS))
+            ]
+            return (torch.stack(terms).mean(),)
+
+        (term,) = self.over_anchors(both_directions, given | rows, self.offset(views[0]))
+        return term
+
+    def _consistency(self, others: AnchorTensors, rows: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
+        """How far the lists of two views of some anchors diverge."""
+        temperature = self.config.list_student_temperature
+        views = (rows["first"], rows["second"], others["first"], others["second"])
+        return (functional.list_consistency(*views, temperature, positive_offset=offset),)
+
+    def _statistics_for(self, candidates: AnchorTensors) -> ScoreStatistics | None:
+        """The statistics of the store, or of the batch where features are of none; None where no option needs them."""
+        if not needs_statistics(self.config):
+            return None
+        if self.statistics is None:
+            return batch_statistics(score_kinds, candidates)
+        device = candidates["text"].device
+        if self.statistics.mean.device != device:
+            self.statistics = self.statistics.to(device)
+        return self.statistics
 
     def _image_numbers(self, image_ids: Tensor | Sequence[Hashable] | None) -> Tensor:
         if image_ids is None:
-            raise ValueError(
-                "`remove_same_image` needs `image_ids`: train with row numbers of a feature store, or pass them"
-            )
+            raise ValueError("`same_image` needs `image_ids`: train with row numbers of a feature store, or pass them")
         if isinstance(image_ids, Tensor):
             return image_ids
         if self.gathers:
@@ -275,28 +418,47 @@ class GroundedLoss(TwoViewLoss):
         return self._resident[1]
 
 
-def _sides(kind: SoftLabel, rows: AnchorTensors, candidates: AnchorTensors) -> tuple[Tensor, Tensor]:
-    """The anchors' and the candidates' features of a soft label such as "text-image"."""
-    anchor, candidate = kind.split("-")
-    for name in (anchor, candidate):
-        if name not in rows:
-            raise ValueError(f"the soft label {kind} needs `{name}_features` as well")
-    return rows[anchor], candidates[candidate]
+def _initial_scores(rows: AnchorTensors, candidates: AnchorTensors) -> Tensor:
+    return functional.cosine_similarity_matrix(rows["initial"], candidates["initial"]).unsqueeze(0)
+
+
+def _with_count(term: Tensor, keep: Tensor | None, targets: Tensor | None) -> tuple[Tensor, ...]:
+    """A term, and how many pairs left it if any may leave."""
+    if keep is None:
+        return (term,)
+    return term, (~keep if targets is None else ~keep & (targets == 0)).sum()
+
+
+def _gradient_norm(term: Tensor, views: Views) -> Tensor:
+    """The norm of a term's gradient at the sentence embeddings."""
+    gradients = torch.autograd.grad(term, views, retain_graph=True)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(gradients).float())
+    return norm
+
+
+def _statistics_of(features: FeatureStore) -> ScoreStatistics:
+    from st_kdmcse.data.statistics import store_statistics
+
+    return ScoreStatistics(*(each.float() for each in store_statistics(features)))
 
 
 def _check_comparisons(config: KDMCSEConfig, modalities: Sequence[Modality], features: FeatureStore) -> None:
     """Refuse to compare images with texts where two teachers gave the features."""
-    filters = config.filter_negatives
-    for modality in modalities:
-        read = {f"{modality}_soft_label": config.margin != 0}
-        read[f"{modality}_filter"] = filters and getattr(config, f"{modality}_threshold") is not None
+    unlike = (
+        f"but the images and texts of {features.path} come from two teachers ({features.teacher}), which cannot be "
+        "compared"
+    )
+    if config.list_weight and config.list_cross_weight:
+        raise ValueError(f"`list_cross_weight` is {config.list_cross_weight}, {unlike}: set it to 0")
+    for modality in modalities if config.multimodal_weight != 0 else ():
+        filters = config.filter_negatives and (
+            config.filter_relative or getattr(config, f"{modality}_threshold") is not None
+        )
+        read = {f"{modality}_soft_label": config.margin != 0, f"{modality}_filter": filters}
         for option, is_read in read.items():
             kind = getattr(config, option)
             if is_read and kind not in ("text-text", "image-image"):
-                raise ValueError(
-                    f"`{option}` is {kind!r}, but the images and texts of {features.path} come from two teachers "
-                    f"({features.teacher}), which cannot be compared: choose 'image-image' or 'text-text'"
-                )
+                raise ValueError(f"`{option}` is {kind!r}, {unlike}: choose 'image-image' or 'text-text'")
 
 
 def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDMCSEConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from st_kdmcse.files import write_json
+
+logger = logging.getLogger(__name__)
 
 HEADS_DIR = "heads"
 """The folder beside a saved model that holds its heads."""
@@ -47,6 +51,53 @@ class ProjectionHead(nn.Module):
         if width > self.dense.in_features:
             raise ValueError(f"the head takes vectors of width {self.dense.in_features}, got {width}")
         return torch.tanh(F.linear(x.to(self.dense.weight.dtype), self.dense.weight[:, :width], self.dense.bias))
+
+
+class GradientBalance(nn.Module):
+    """The weight of a term by the gradients of the first batches: its own is to be a share of another term's.
+
+    The state is saved with the heads, so that a run which is resumed has the same weight.
+
+    Args:
+        share: of the other term's gradient norm, > 0.
+        batches: how many batches to measure, >= 1.
+    """
+
+    def __init__(self, share: float = 0.3, batches: int = 20) -> None:
+        super().__init__()
+        self.share = share
+        self.batches = batches
+        self._sum, self._count = 0.0, 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the weight is fixed."""
+        return self._count >= self.batches
+
+    @property
+    def weight(self) -> float:
+        """``share`` times the mean ratio so far; 0 before the first batch."""
+        return self.share * self._sum / max(1, self._count)
+
+    def add(self, ratio: float) -> None:
+        """Count a batch.
+
+        Args:
+            ratio: of the other term's gradient norm to this one's; one that is not finite does not count.
+        """
+        if self._count < self.batches and math.isfinite(ratio):
+            self._sum, self._count = self._sum + ratio, self._count + 1
+            if self._count == self.batches:
+                logger.info("the weight of the cross-modal terms is %.4g from now on", self.weight)
+
+    def get_extra_state(self) -> Tensor:
+        """The sum of the ratios and their number, (2,) float64."""
+        return torch.tensor([self._sum, self._count], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from a state of :meth:`get_extra_state`."""
+        total, count = state.tolist()
+        self._sum, self._count = total, int(count)
 
 
 def save_heads(heads: nn.ModuleDict, path: str | Path, config: Mapping[str, object]) -> None:

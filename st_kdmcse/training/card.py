@@ -67,7 +67,15 @@ def _heads(loss: TwoViewLoss) -> list[str]:
 
 
 def _config(loss: TwoViewLoss) -> list[str]:
-    if not isinstance(loss, GroundedLoss) or loss.config.projection_dim == KDMCSEConfig().projection_dim:
+    """The options that decide which heads there are, and their shapes."""
+    if not isinstance(loss, GroundedLoss):
         return []
+    config = loss.config
+    options: dict[str, Any] = {}
+    if config.projection_dim != KDMCSEConfig().projection_dim:
+        options["projection_dim"] = config.projection_dim
+    if config.multimodal_weight in (0, "auto"):
+        options["multimodal_weight"] = config.multimodal_weight
     kind = MCSEConfig if isinstance(loss, MCSELoss) else KDMCSEConfig
-    return [f"config=st_kdmcse.{kind.__name__}(projection_dim={loss.config.projection_dim})"]
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return [f"config=st_kdmcse.{kind.__name__}({given})"] if options else []

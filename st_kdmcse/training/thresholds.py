@@ -8,6 +8,7 @@ from st_kdmcse.config import SoftLabel
 from st_kdmcse.data.scores import negatives_removed
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.kdmcse import KDMCSELoss
+from st_kdmcse.losses.teacher_scores import threshold_score
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,16 @@ def branch_filters(loss: TwoViewLoss) -> list[BranchFilter]:
     """The filters of a loss with their effect on a sample of its feature store.
 
     Args:
-        loss: any loss; one without a filter or without a feature store gives an empty list.
+        loss: any loss; one without a threshold or without a feature store gives an empty list.
     """
-    if not isinstance(loss, KDMCSELoss) or loss.features is None or not loss.config.filter_negatives:
+    if not isinstance(loss, KDMCSELoss) or loss.features is None:
         return []
     config, found = loss.config, []
-    for branch, option, score, threshold in (
-        ("image", "image_threshold", config.image_filter, config.image_threshold),
-        ("caption", "text_threshold", config.text_filter, config.text_threshold),
-    ):
-        if isinstance(threshold, float | int):
+    for branch, modality, score in (("image", "image", config.image_filter), ("caption", "text", config.text_filter)):
+        threshold = threshold_score(config, modality, loss.statistics)
+        if threshold is not None:
             removed = negatives_removed(
                 loss.features, score, threshold, score=config.filter_score, inclusive=config.filter_inclusive
             )
-            found.append(BranchFilter(branch, option, score, float(threshold), removed))
+            found.append(BranchFilter(branch, f"{modality}_threshold", score, threshold, removed))
     return found

@@ -1,6 +1,5 @@
 """Gradient caching: the plain losses again, in value and in every gradient, from parts of the batch."""
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -15,7 +14,6 @@ from st_kdmcse import (
     CachedKDMCSELoss,
     CachedMCSELoss,
     CachedSimCSELoss,
-    FeatureStore,
     KDMCSEConfig,
     KDMCSELoss,
     KDMCSETrainer,
@@ -35,32 +33,16 @@ CONFIGS = {
     "released, filtered": KDMCSEConfig.released(
         multimodal_weight=0.7, filter_negatives=True, image_threshold=0.5, text_threshold=0.5
     ),
-    "same image removed": KDMCSEConfig.paper(multimodal_weight=0.7, remove_same_image=True),
+    "same image removed": KDMCSEConfig.paper(multimodal_weight=0.7, same_image="remove"),
 }
 # Sentences in a forward pass and anchors in a chunk: neither divides the batch; one of each; all at once.
 SIZES = {"uneven": (5, 4), "single": (1, 1), "whole": (64, 64)}
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, sentences):
-    """As the shared one, of features whose float32 cosines are exact: the order of a sum does not round them."""
-    generator = np.random.default_rng(1)
-    images = np.zeros((24, 8), dtype=np.float32)
-    for features in images:
-        features[generator.permutation(8)[:4]] = generator.choice([-0.5, 0.5], size=4)
-    rows = np.repeat(np.arange(24), 3)
-    texts = images[rows].copy()
-    for features in texts[1::3]:
-        features[np.flatnonzero(features)[0]] *= -1
-    return FeatureStore.from_arrays(
-        tmp_path_factory.mktemp("exact-store") / "features",
-        images,
-        texts,
-        sentences[:72],
-        rows,
-        [f"{image}.jpg" for image in range(24)],
-        teacher="exact",
-    )
+@pytest.fixture
+def store(exact_store):
+    """Float32 cosines that are exact."""
+    return exact_store
 
 
 @pytest.fixture

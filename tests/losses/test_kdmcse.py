@@ -119,7 +119,7 @@ def test_same_image_negatives_can_be_removed_exactly(student):
     views, image, text = batch()
     ids = ["a", "b", "a", "c", "b", "a"]
     off = {"filter_negatives": False, "margin": 0.2}
-    loss = KDMCSELoss(student, KDMCSEConfig(remove_same_image=True, **off), teacher_dim=T)
+    loss = KDMCSELoss(student, KDMCSEConfig(same_image="remove", **off), teacher_dim=T)
     loss.heads.double()
     components = loss.compute_loss_from_embeddings(tuple(views), image, text, image_ids=ids)
     assert components.metrics["image_negatives_removed"] == 8  # 3 * 2 pairs of "a", 2 of "b"

@@ -25,10 +25,20 @@ from st_kdmcse import CachedKDMCSELoss, FeatureStore, KDMCSEConfig, KDMCSELoss, 
 
 steps, batch, lr, resume, mini_batch = (float(value) for value in sys.argv[5:10])
 set_seed(3 + rank)  # heads that differ between processes must be made equal
-student = without_dropout(build_student(str(folder / "bert")).to("cpu"))
+# In float64, heads too: what remains then is an error of the algorithm, not of rounding.
+student = without_dropout(build_student(str(folder / "bert")).to("cpu")).double()
 store = FeatureStore.open(folder / "store")
 sentences = (folder / "sentences.txt").read_text().splitlines()
-config = KDMCSEConfig(multimodal_weight=0.5, text_threshold=0.5, image_threshold=0.5, remove_same_image=True)
+config = KDMCSEConfig(
+    multimodal_weight=0.5,
+    text_threshold=0.5,
+    image_threshold=0.5,
+    same_image="positive",
+    soft_label_calibration="quantile",
+    list_weight=0.5,
+    consistency_weight=0.5,
+    retention_weight=0.5,
+)
 options = {"teacher_dim": store.dim, "features": store, "gather_across_devices": True}
 if mini_batch:
     loss = CachedKDMCSELoss(student, config, **options, mini_batch_size=int(mini_batch), chunk_rows=int(mini_batch))
@@ -36,7 +46,7 @@ else:
     loss = KDMCSELoss(student, config, **options)
 if rank == 0:
     loss.load_heads(folder / "heads")
-loss.double()  # the student too: what remains then is an error of the algorithm, not of rounding
+loss.double()
 trainer = KDMCSETrainer(
     model=student,
     args=SentenceTransformerTrainingArguments(
