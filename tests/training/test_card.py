@@ -69,3 +69,16 @@ def test_features_by_value_have_no_teacher(student, tmp_path):
     assert "Teacher" not in text
     assert "teacher_dim=8" in text
     assert text.index("### Projection Heads") < text.index("### Framework Versions")
+
+
+@pytest.mark.parametrize("options", [{}, {"multimodal_weight": 0}, {"multimodal_weight": "auto", "projection_dim": 24}])
+def test_the_heads_are_loaded_as_the_card_says(student, tmp_path, options):
+    (tmp_path / "README.md").write_text("# Card\n\n### Framework Versions\n")
+    loss = KDMCSELoss(student, KDMCSEConfig(**options), teacher_dim=8)
+    student.save(str(tmp_path), create_model_card=False)
+    loss.save_heads(tmp_path / "heads")
+    describe_training(tmp_path, [loss])
+    program = re.search("```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)[1]
+    names: dict = {}
+    exec(program.replace('folder = "."', f'folder = "{tmp_path}"'), names)
+    assert names["loss"].heads.state_dict().keys() == loss.heads.state_dict().keys()

@@ -6,6 +6,7 @@ import pytest
 from small_runs import options, write_data
 
 from st_kdmcse import KDMCSEConfig, KDMCSELoss, MCSELoss
+from st_kdmcse.config import SCORE_KINDS
 from st_kdmcse.data.scores import negatives_removed
 from st_kdmcse.training import TrainingOptions, train
 from st_kdmcse.training.thresholds import branch_filters
@@ -27,6 +28,32 @@ def test_losses_without_a_filter_have_none(student, store):
     assert branch_filters(KDMCSELoss(student, KDMCSEConfig(), store.dim)) == []
     only = branch_filters(KDMCSELoss(student, KDMCSEConfig(image_threshold=None), store.dim, store))
     assert [branch.branch for branch in only] == ["caption"]
+
+
+@pytest.mark.parametrize("calibration", ["standard", "quantile"])
+def test_shares_of_pairs_are_told_as_scores(student, store, calibration):
+    config = KDMCSEConfig(filter_calibration=calibration, image_threshold=0.9, text_threshold=0.7)
+    loss = KDMCSELoss(student, config, features=store)
+    image, caption = branch_filters(loss)
+    assert image.removed == pytest.approx(0.1, abs=0.05)
+    assert caption.removed == pytest.approx(0.3, abs=0.05)
+    assert image.threshold == negatives_score(loss, "text-image", 0.9, calibration)
+    for threshold, removed in ((0.0, 1.0), (1.0, 0.0)):
+        config = KDMCSEConfig(filter_calibration=calibration, image_threshold=threshold, text_threshold=None)
+        (branch,) = branch_filters(KDMCSELoss(student, config, features=store))
+        assert branch.removed == pytest.approx(removed, abs=0.01)
+
+
+def negatives_score(loss, kind, share, calibration):
+    row = SCORE_KINDS.index(kind)
+    if calibration == "quantile":
+        return pytest.approx(float(loss.statistics.quantiles[row].quantile(share)), abs=1e-3)
+    return pytest.approx(float(loss.statistics.mean[row] + 1.2816 * loss.statistics.std[row]), abs=1e-3)
+
+
+def test_where_no_score_decides_nothing_is_said(student, store):
+    for config in (KDMCSEConfig(filter_relative=True), KDMCSEConfig(multimodal_weight=0)):
+        assert branch_filters(KDMCSELoss(student, config, features=store)) == []
 
 
 @pytest.mark.parametrize("threshold", [0.99999, 0.3])
