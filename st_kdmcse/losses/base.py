@@ -105,7 +105,7 @@ class TwoViewLoss(nn.Module):
         """What a batch of plain text brings for :meth:`compute_loss_from_embeddings`, besides its views."""
         return {}
 
-    def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
+    def teacher_batch(self, labels: Tensor, device: torch.device) -> dict[str, Any]:
         """What the labels bring for :meth:`compute_loss_from_embeddings`; nothing for a loss without teacher."""
         return {}
 

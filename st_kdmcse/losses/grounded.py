@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,7 +19,16 @@ from st_kdmcse.functional import ScoreStatistics
 from st_kdmcse.losses.base import AnchorTensors, TwoViewLoss, Views
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import GradientBalance, ProjectionHead
-from st_kdmcse.losses.teacher_scores import TeacherScores, batch_statistics, needs_statistics, score_kinds
+from st_kdmcse.losses.lists import VIEWS, ListScores, consistency_term, distillation_term
+from st_kdmcse.losses.teacher_scores import (
+    TeacherScores,
+    batch_statistics,
+    check_comparisons,
+    needs_statistics,
+    score_kinds,
+    statistics_of_store,
+    with_thresholds,
+)
 
 if TYPE_CHECKING:
     from st_kdmcse.data.resident import ResidentFeatures
@@ -33,11 +41,6 @@ DEFAULT_TEACHER_DIM = 512
 
 # The name of each term in the logs: "text" is the student's own text loss there.
 _TERM: dict[Modality, str] = {"image": "image", "text": "caption"}
-
-_VIEWS = ("first", "second")
-
-ListScores = Callable[[AnchorTensors], tuple[Tensor, Tensor | None]]
-"""The scores of some anchors with all candidates, and which pairs are in the lists."""
 
 
 class GroundedLoss(TwoViewLoss):
@@ -79,12 +82,12 @@ class GroundedLoss(TwoViewLoss):
         if teacher_dim < 1:
             raise ValueError(f"`teacher_dim` must be at least 1, got {teacher_dim}")
         if features is not None and not features.shared_space:
-            _check_comparisons(config, modalities, features)
-        self.config = _with_thresholds(config, features)
+            check_comparisons(config, modalities, features)
+        self.config = with_thresholds(config, features)
         self.modalities = tuple(modalities)
         self.teacher_dim = teacher_dim
         self.features = features
-        self.statistics = _statistics_of(features) if features is not None and needs_statistics(config) else None
+        self.statistics = statistics_of_store(features) if features is not None and needs_statistics(config) else None
         self._resident: tuple[torch.device, ResidentFeatures | None] | None = None
         if config.multimodal_weight != 0:
             self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
@@ -169,16 +172,13 @@ class GroundedLoss(TwoViewLoss):
         if not self._initial:
             return {}
         (model,) = self._initial
-        device = columns[0]["input_ids"].device
-        if model.device != device:
+        if model.device != (device := columns[0]["input_ids"].device):
             model.to(device)
         with torch.no_grad():
             return {"initial_embeddings": model(dict(columns[0]))["sentence_embedding"]}
 
-    def teacher_batch(self, labels: Tensor | None, device: torch.device) -> dict[str, Any]:
+    def teacher_batch(self, labels: Tensor, device: torch.device) -> dict[str, Any]:
         """Teacher features from the labels: row numbers (N,) or (N, 1) of the store, or the features (N, 2 T)."""
-        if labels is None:
-            return {}
         if labels.ndim == 1 or labels.shape[1] == 1:
             return self._features_of_rows(labels.reshape(-1), device)
         if labels.ndim != 2 or labels.shape[1] != 2 * self.teacher_dim:
@@ -200,8 +200,8 @@ class GroundedLoss(TwoViewLoss):
         of_store: dict[str, Any] = {}
         if store is not None:
             of_store |= {"teacher": store.teacher, "features_sha256": store.checksum}
-        if store is not None and (statistics := self.statistics) is not None:
-            moments = zip(SCORE_KINDS, statistics.mean.tolist(), statistics.std.tolist(), strict=True)
+        if self.statistics is not None:
+            moments = zip(SCORE_KINDS, self.statistics.mean.tolist(), self.statistics.std.tolist(), strict=True)
             of_store["teacher_scores"] = {kind: {"mean": mean, "std": std} for kind, mean, std in moments}
         return {"teacher_dim": self.teacher_dim, **of_store, **super().get_config_dict()}
 
@@ -211,7 +211,7 @@ class GroundedLoss(TwoViewLoss):
         loss = super().compute_loss_from_embeddings(views)
         if config.consistency_weight:
             rows, others = self._lists_of(views)
-            (term,) = self.over_anchors(partial(self._consistency, others), rows, offset)
+            (term,) = self.over_anchors(partial(consistency_term, config, others), rows, offset)
             loss["consistency"] = config.consistency_weight * term
         if config.retention_weight and initial_embeddings is not None:
             candidates = {"initial": self.gather(initial_embeddings)}
@@ -236,7 +236,7 @@ class GroundedLoss(TwoViewLoss):
         weights = {"text": 1.0}
         metrics = {}
         if config.multimodal_weight != 0:
-            given = rows | {name: self.heads["grounding"](view) for name, view in zip(_VIEWS, views, strict=True)}
+            given = rows | {name: self.heads["grounding"](view) for name, view in zip(VIEWS, views, strict=True)}
             for modality in self.modalities:
                 features = self.heads[f"teacher_{modality}"](candidates[modality])
                 cross_modal = partial(self._cross_modal, modality, teacher, features)
@@ -299,61 +299,25 @@ class GroundedLoss(TwoViewLoss):
                 guard=config.margin_guard,
                 positive_offset=offset,
             )
-            for view in _VIEWS
+            for view in VIEWS
         ]
         return _with_count(torch.stack(views).sum(), keep, targets)
 
     def _lists_of(self, views: Views) -> tuple[AnchorTensors, AnchorTensors]:
         """The views by name, of the anchors and of all candidates."""
-        rows = dict(zip(_VIEWS, views, strict=True))
+        rows = dict(zip(VIEWS, views, strict=True))
         return rows, {name: self.gather(view, with_grad=True) for name, view in rows.items()}
 
     def _list_term(self, views: Views, given: AnchorTensors, scores: ListScores) -> Tensor:
-        """List distillation from a teacher's scores, the mean of both directions between the views.
-
-        Args:
-            views: the sentence embeddings.
-            given: what the scores need of each anchor.
-            scores: the (N, M) scores of some anchors, and which pairs are in their lists; None for all.
-        """
-        config = self.config
+        """List distillation from a teacher's scores, which need ``given`` of each anchor."""
         rows, others = self._lists_of(views)
-        if config.list_shuffle:
-            # Numbers for each row and each column: a matrix of them would not fit where batches are cached.
+        noise = None
+        if self.config.list_shuffle:
             noise = torch.rand(len(others["first"]), device=views[0].device)
             given = given | {"noise": 100 + 900 * torch.rand(len(views[0]), device=views[0].device)}
-
-        def both_directions(rows: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
-            teacher, keep = scores(rows)
-            if config.list_shuffle:
-                of_pairs = torch.outer(rows["noise"], noise).frac()
-                teacher = functional.shuffle_groups(
-                    teacher, of_pairs, config.list_temperature, keep, positive_offset=offset
-                )
-            terms = [
-                functional.list_distillation(
-                    rows[view],
-                    others[other],
-                    teacher,
-                    config.list_student_temperature,
-                    config.list_temperature,
-                    keep,
-                    loss=config.list_loss,
-                    length=config.list_length,
-                    positive_offset=offset,
-                )
-                for view, other in (_VIEWS, reversed(_VIEWS))
-            ]
-            return (torch.stack(terms).mean(),)
-
-        (term,) = self.over_anchors(both_directions, given | rows, self.offset(views[0]))
-        return term
-
-    def _consistency(self, others: AnchorTensors, rows: AnchorTensors, offset: int) -> tuple[Tensor, ...]:
-        """How far the lists of two views of some anchors diverge."""
-        temperature = self.config.list_student_temperature
-        views = (rows["first"], rows["second"], others["first"], others["second"])
-        return (functional.list_consistency(*views, temperature, positive_offset=offset),)
+        term = partial(distillation_term, self.config, scores, others, noise)
+        (loss,) = self.over_anchors(term, given | rows, self.offset(views[0]))
+        return loss
 
     def _statistics_for(self, candidates: AnchorTensors) -> ScoreStatistics | None:
         """The statistics of the store, or of the batch where features are of none; None where no option needs them."""
@@ -434,44 +398,3 @@ def _gradient_norm(term: Tensor, views: Views) -> Tensor:
     gradients = torch.autograd.grad(term, views, retain_graph=True)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(gradients).float())
     return norm
-
-
-def _statistics_of(features: FeatureStore) -> ScoreStatistics:
-    from st_kdmcse.data.statistics import store_statistics
-
-    return ScoreStatistics(*(each.float() for each in store_statistics(features)))
-
-
-def _check_comparisons(config: KDMCSEConfig, modalities: Sequence[Modality], features: FeatureStore) -> None:
-    """Refuse to compare images with texts where two teachers gave the features."""
-    unlike = (
-        f"but the images and texts of {features.path} come from two teachers ({features.teacher}), which cannot be "
-        "compared"
-    )
-    if config.list_weight and config.list_cross_weight:
-        raise ValueError(f"`list_cross_weight` is {config.list_cross_weight}, {unlike}: set it to 0")
-    for modality in modalities if config.multimodal_weight != 0 else ():
-        filters = config.filter_negatives and (
-            config.filter_relative or getattr(config, f"{modality}_threshold") is not None
-        )
-        read = {f"{modality}_soft_label": config.margin != 0, f"{modality}_filter": filters}
-        for option, is_read in read.items():
-            kind = getattr(config, option)
-            if is_read and kind not in ("text-text", "image-image"):
-                raise ValueError(f"`{option}` is {kind!r}, {unlike}: choose 'image-image' or 'text-text'")
-
-
-def _with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDMCSEConfig:
-    """Replace thresholds that say "auto" by what the store suggests."""
-    if "auto" not in (config.image_threshold, config.text_threshold):
-        return config
-    if features is None:
-        raise ValueError('a threshold of "auto" is read off a feature store: give `features`, or a number')
-    from st_kdmcse.data.scores import true_pair_score
-
-    changes: dict[str, Any] = {
-        f"{term}_threshold": true_pair_score(features, getattr(config, f"{term}_filter"), config.filter_score)
-        for term in ("image", "text")
-        if getattr(config, f"{term}_threshold") == "auto"
-    }
-    return replace(config, **changes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from st_kdmcse import functional
 from st_kdmcse.config import SCORE_KINDS, Calibration, KDMCSEConfig, SoftLabel
 from st_kdmcse.functional import ScoreStatistics
 from st_kdmcse.losses.base import AnchorTensors
+
+if TYPE_CHECKING:
+    from st_kdmcse.data.store import FeatureStore
 
 _SCORES = {"cosine": functional.cosine_similarity_matrix, "dot": functional.dot_product_matrix}
 
@@ -179,6 +184,65 @@ def threshold_score(config: KDMCSEConfig, modality: str, statistics: ScoreStatis
     if not 0 < threshold < 1:
         return math.copysign(1.0, threshold - 0.5)
     return float(statistics.mean[row] + statistics.std[row] * NormalDist().inv_cdf(threshold))
+
+
+def statistics_of_store(features: FeatureStore) -> ScoreStatistics:
+    """The statistics of a feature store, in float32."""
+    from st_kdmcse.data.statistics import store_statistics
+
+    return ScoreStatistics(*(each.float() for each in store_statistics(features)))
+
+
+def check_comparisons(config: KDMCSEConfig, modalities: Sequence[str], features: FeatureStore) -> None:
+    """Refuse to compare images with texts where two teachers gave the features.
+
+    Args:
+        config: the options.
+        modalities: those of the cross-modal terms.
+        features: of two teachers.
+
+    Raises:
+        ValueError: naming the option that compares them.
+    """
+    unlike = (
+        f"but the images and texts of {features.path} come from two teachers ({features.teacher}), which cannot be "
+        "compared"
+    )
+    if config.list_weight and config.list_cross_weight:
+        raise ValueError(f"`list_cross_weight` is {config.list_cross_weight}, {unlike}: set it to 0")
+    for modality in modalities if config.multimodal_weight != 0 else ():
+        filters = config.filter_negatives and (
+            config.filter_relative or getattr(config, f"{modality}_threshold") is not None
+        )
+        read = {f"{modality}_soft_label": config.margin != 0, f"{modality}_filter": filters}
+        for option, is_read in read.items():
+            kind = getattr(config, option)
+            if is_read and kind not in ("text-text", "image-image"):
+                raise ValueError(f"`{option}` is {kind!r}, {unlike}: choose 'image-image' or 'text-text'")
+
+
+def with_thresholds(config: KDMCSEConfig, features: FeatureStore | None) -> KDMCSEConfig:
+    """The options with what the store suggests for thresholds that say "auto".
+
+    Args:
+        config: the options.
+        features: the store, or None.
+
+    Raises:
+        ValueError: if a threshold is "auto" and there is no store.
+    """
+    if "auto" not in (config.image_threshold, config.text_threshold):
+        return config
+    if features is None:
+        raise ValueError('a threshold of "auto" is read off a feature store: give `features`, or a number')
+    from st_kdmcse.data.scores import true_pair_score
+
+    changes: dict[str, Any] = {
+        f"{term}_threshold": true_pair_score(features, getattr(config, f"{term}_filter"), config.filter_score)
+        for term in ("image", "text")
+        if getattr(config, f"{term}_threshold") == "auto"
+    }
+    return replace(config, **changes)
 
 
 def _row(kind: SoftLabel) -> int:
