@@ -165,9 +165,15 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 help="Sentences in a forward pass: caches gradients, for a --batch-size beyond memory.  [off]",
             ),
             click.option("--lr", type=float, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
+            click.option(
+                "--head-lr", "head_learning_rate", type=float, help="Peak learning rate of the heads.  [that of --lr]"
+            ),
             click.option("--max-seq-length", type=int, default=default.max_seq_length, show_default=True),
             click.option("--pair-every", type=int, help="Steps from one pair batch to the next.  [|text| / |pairs|]"),
             click.option("--captions-per-image", type=int, help="Captions drawn of each image; MCSE takes 1.  [all]"),
+            click.option(
+                "--captions-per-image-in-batch", type=int, help="Captions of an image that a pair batch draws.  [any]"
+            ),
             click.option("--seed", type=int, default=default.seed, show_default=True),
             click.option(
                 "--eval-steps",

@@ -8,7 +8,7 @@ import logging
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ from st_kdmcse.evaluation.sts import evaluate_sts
 from st_kdmcse.files import atomic_file, progress_bar, write_json
 from st_kdmcse.provenance import provenance
 from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME, LAST_NAME, RUN_NAME, SUMMARY_NAME
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,12 @@ _SHARED_OPTIONS = (
     "deduplicate",
     "pair_every",
     "captions_per_image",
+    "captions_per_image_in_batch",
+    "head_learning_rate",
     "eval_steps",
     "gather_across_devices",
 )
+_USUAL = {option.name: option.default for option in fields(TrainingOptions)}  # of options that older summaries lack
 _MEASURED = ("batch_size", "learning_rate", "processes", "steps", "bf16")
 
 
@@ -80,7 +84,7 @@ class Run:
         usual = _DEFAULTS[self.summary["recipe"]]
         return {
             "method": self.summary["method"],
-            **{name: options.get(name) for name in _SHARED_OPTIONS},
+            **{name: options.get(name, _USUAL[name]) for name in _SHARED_OPTIONS},
             **{name: self.summary[name] for name in _MEASURED},
             **{name: value for name, value in options["config"].items() if value != getattr(usual, name)},
             **{f"{name} data": checksum[:12] for name, checksum in sorted(self.summary["data_sha256"].items())},

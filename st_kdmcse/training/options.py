@@ -45,9 +45,12 @@ class TrainingOptions:
         mini_batch_size: sentences in a forward pass; turns on gradient caching, for batches that do not fit in memory.
             None or 0 turns it off.
         lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
+        head_learning_rate: peak learning rate of the heads, decayed likewise; None is ``lr``.
         max_seq_length: longest sentence in tokens; longer ones are cut off.
         pair_every: steps from one pair batch to the next; None computes it from the sizes.
         captions_per_image: draw that many captions of each image; None takes all.
+        captions_per_image_in_batch: draw that many captions of each image for a pair batch; None draws captions one by
+            one.
         seed: seed of initialisation, data order and dropout.
         eval_steps: steps between evaluations on STS-B dev; 0 turns evaluation off.
         save_steps: steps between checkpoints. A single process writes one every ten minutes as well.
@@ -81,9 +84,11 @@ class TrainingOptions:
     batch_size: int | None = None
     mini_batch_size: int | None = None
     lr: float | None = None
+    head_learning_rate: float | None = None
     max_seq_length: int = 32
     pair_every: int | None = None
     captions_per_image: int | None = None
+    captions_per_image_in_batch: int | None = None
     seed: int = 42
     eval_steps: int = 125
     save_steps: int = 1000
@@ -98,7 +103,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("epochs", "max_steps", "batch_size", "lr", "captions_per_image", "save_steps"):
+        positive = ("epochs", "max_steps", "batch_size", "lr", "head_learning_rate", "captions_per_image", "save_steps")
+        for name in (*positive, "captions_per_image_in_batch"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive, got {value}")

@@ -85,6 +85,7 @@ def training_summary(
         "options": run["options"],
         "batch_size": trainer.args.per_device_train_batch_size,
         "learning_rate": trainer.args.learning_rate,
+        "head_learning_rate": options.head_learning_rate or trainer.args.learning_rate,
         "bf16": trainer.args.bf16,
         "bf16_until_step": run.get("bf16_until_step"),
         "precision": {"training": precision, "sts_dev_curve": precision, "scores_of_best": "float32"},

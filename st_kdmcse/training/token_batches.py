@@ -16,7 +16,7 @@ from torch import Tensor
 
 from st_kdmcse.data.tokens import TokenTable
 from st_kdmcse.training.collator import KDMCSEDataCollator
-from st_kdmcse.training.schedule import ROW_COLUMN
+from st_kdmcse.training.schedule import ROW_COLUMN, pair_rows
 
 _COMPARED = 64
 
@@ -125,7 +125,7 @@ def _source(
     zeros = tuple(name for name, value in wanted.items() if _is_zero(value) and name.startswith(f"{column}_"))
     labels = None
     if ROW_COLUMN in dataset.column_names:
-        labels = np.asarray(dataset.with_format("numpy").select_columns([ROW_COLUMN])[:][ROW_COLUMN], dtype=np.int64)
+        labels = pair_rows(dataset)
     constant = {name: value for name, value in wanted.items() if not isinstance(value, Tensor)}
     tokens = TokenTable.of(dataset, column, model.preprocess, tokenizer, model.max_seq_length, cache_dir, show)
     source = _Source(tokens, column, getattr(tokenizer, "pad_token_id", None) or 0, labels, constant, zeros)

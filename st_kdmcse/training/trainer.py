@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict
@@ -19,17 +21,21 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback
 
 from st_kdmcse.dropout import fast_dropout
+from st_kdmcse.data import FeatureStore
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.training.card import describe_training
 from st_kdmcse.training.collator import KDMCSEDataCollator
-from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler
+from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler, pair_rows
 from st_kdmcse.training.token_batches import TokenBatches
 from st_kdmcse.training.unpadding import unchecked_masks, unpadded
 from st_kdmcse.upstream import HookedTrainer, nested_gather
 
 logger = logging.getLogger(__name__)
+
+HEAD_PARAMETERS = r"(^|\.)heads\.\w+\.dense\."
+"""What the names of the heads' parameters match, as a key of ``learning_rate_mapping``."""
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of ``torch.compile`` that record CUDA graphs."""
@@ -55,6 +61,12 @@ class KDMCSETrainer(HookedTrainer):
         args: training arguments; the schedule replaces their batch samplers.
         train_dataset: a dataset of sentences or of pairs, or a dictionary of one of each.
         pair_every: every how many steps a pair batch comes; None computes it from the sizes.
+        head_learning_rate: peak learning rate of the heads, with the schedule and the weight decay of the rest; None is
+            that of the student.
+        captions_per_image_in_batch: draw that many captions of each image for a pair batch; None draws captions one by
+            one.
+        features: the store that the rows of the pairs refer to; needed by ``captions_per_image_in_batch`` where the
+            loss has none.
         pretokenize: tokenize once; False leaves it to the collator, batch by batch.
         pad_to_multiple_of: lengths of batches are rounded up to multiples of this many tokens, so that a compiled model
             meets few shapes; only with ``pretokenize``.
@@ -78,6 +90,9 @@ class KDMCSETrainer(HookedTrainer):
         train_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
         *,
         pair_every: int | None = None,
+        head_learning_rate: float | None = None,
+        captions_per_image_in_batch: int | None = None,
+        features: FeatureStore | None = None,
         pretokenize: bool = True,
         pad_to_multiple_of: int = 1,
         unpad: bool | None = None,
@@ -90,13 +105,19 @@ class KDMCSETrainer(HookedTrainer):
         for name, dataset in (train_dataset or {}).items():
             _check_columns(name, dataset)
         self.pair_every = pair_every
+        self.captions_per_image_in_batch = captions_per_image_in_batch
+        self.features = features
         self.pretokenize = pretokenize
         self.pad_to_multiple_of = pad_to_multiple_of
         self.unpad = unpad
         self.token_cache = token_cache
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
+        if head_learning_rate is not None:
+            args = copy(args)  # the caller may go on with it
         super().__init__(model, args, train_dataset, **kwargs)
+        if head_learning_rate is not None:
+            self.args.learning_rate_mapping = {**self.args.learning_rate_mapping, HEAD_PARAMETERS: head_learning_rate}
         if self.args.torch_compile:
             in_parts = any(hasattr(module, "mini_batch_size") for module in self._loss_modules)
             in_parts |= self.args.gradient_accumulation_steps > 1
@@ -112,6 +133,11 @@ class KDMCSETrainer(HookedTrainer):
     def _loss_modules(self) -> list[nn.Module]:
         losses = nn.ModuleList(self.loss.values()) if isinstance(self.loss, dict) else self.loss
         return list(losses.modules())
+
+    @property
+    def _feature_stores(self) -> list[FeatureStore]:
+        features = [getattr(loss, "features", None) for loss in self.head_losses]
+        return [store for store in features if store is not None]
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
@@ -146,7 +172,20 @@ class KDMCSETrainer(HookedTrainer):
             seed=seed or 0,
             pair_every=self.pair_every,
             run_length=self.args.world_size * self.args.gradient_accumulation_steps,
+            image_rows=self._images_of_pairs(),
+            captions_per_image=self.captions_per_image_in_batch,
         )
+
+    def _images_of_pairs(self) -> npt.NDArray[np.int64] | None:
+        """The image of each pair; None where nothing asks for it."""
+        pairs = [data for data in (self.train_dataset or {}).values() if ROW_COLUMN in data.column_names]
+        if (self.captions_per_image_in_batch or 1) == 1 or not pairs:
+            return None
+        stores = [self.features] if self.features is not None else self._feature_stores
+        if not stores:
+            raise ValueError("`captions_per_image_in_batch` needs the images of the pairs: give `features`")
+        images: npt.NDArray[np.int64] = stores[0].image_rows[pair_rows(pairs[0])]
+        return images
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The stock loader; its schedule is found under the wrappers of accelerate and remembered."""
@@ -160,11 +199,10 @@ class KDMCSETrainer(HookedTrainer):
 
     def _check_rows(self) -> None:
         """Refuse rows that the features do not have. On a GPU, a gather that fails does not tell the row."""
-        features = [getattr(loss, "features", None) for loss in self.head_losses]
-        limit = min((len(store) for store in features if store is not None), default=None)
+        limit = min(map(len, self._feature_stores), default=None)
         for name, dataset in (self.train_dataset or {}).items():
             if limit is not None and ROW_COLUMN in dataset.column_names:
-                rows = np.asarray(dataset.with_format("numpy").select_columns([ROW_COLUMN])[:][ROW_COLUMN])
+                rows = pair_rows(dataset)
                 bad = np.flatnonzero((rows < 0) | (rows >= limit))
                 if bad.size:
                     raise ValueError(

@@ -148,6 +148,15 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
     assert config["text_soft_label"] == "image-image"
 
 
+def test_the_learning_rate_of_the_heads_is_recorded(arguments, tmp_path):
+    flags = {"method": "simcse", "head-lr": 1e-2, "captions-per-image-in-batch": 2, "eval-steps": 0, "max-steps": 2}
+    assert run(arguments(**flags)).exit_code == 0
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert (summary["learning_rate"], summary["head_learning_rate"]) == (3e-5, 1e-2)
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
+    assert (recorded["head_learning_rate"], recorded["captions_per_image_in_batch"]) == (1e-2, 2)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 def test_a_compiled_student_learns_the_same(arguments, still_bert, tmp_path):
     losses = []
@@ -292,6 +301,8 @@ def damage(path, change):
         (None, {"method": "simcse", "margin": 0.1}, "method simcse has no option --margin"),
         (None, {"method": "kdmcse-without-adapacse", "margin": 0.1}, "has no option --margin"),
         (None, {"max-steps": 0}, "--max-steps must be positive"),
+        (None, {"head-lr": 0}, "--head-lr must be positive"),
+        (None, {"captions-per-image-in-batch": 0}, "--captions-per-image-in-batch must be positive"),
         (None, {"pair-every": 1}, "--pair-every must be at least 2"),
         (None, {"mini-batch-size": -1}, "--mini-batch-size must not be negative"),
         (None, {"compile": "default", "unpad": True}, "--unpad and compilation exclude each other"),

@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -120,3 +121,53 @@ def test_two_sources_of_a_kind_are_refused():
     samplers = [DefaultBatchSampler(RandomSampler(source), batch_size=1, drop_last=False)] * 2
     with pytest.raises(ValueError, match="concatenate_datasets"):
         StepRatioBatchSampler(ConcatDataset([source, source]), samplers)
+
+
+def images_of(captions):
+    """The image of each caption, for images with so many captions, in an order of no meaning."""
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(len(captions)), captions))
+
+
+@settings(deadline=None, max_examples=60)
+@given(captions=st.lists(st.integers(1, 6), min_size=1, max_size=30), per_image=st.integers(1, 4))
+def test_a_pass_has_each_caption_once_in_groups_of_an_image(captions, per_image):
+    images = images_of(captions)
+    one_pass = sampler(0, len(images), len(images), image_rows=images, captions_per_image=per_image)
+    ((*order,),) = one_pass
+    assert sorted(order) == list(range(len(images)))
+    found = images[order]
+    for image, count in enumerate(captions):
+        side_by_side = "".join("x" if each == image else " " for each in found).split()
+        assert len(side_by_side) <= -(-count // per_image)
+
+
+def test_a_batch_has_groups_of_different_images():
+    images = images_of([4] * 64)
+    schedule = sampler(0, 256, 16, image_rows=images, captions_per_image=2)
+    batches = [np.unique(images[batch], return_counts=True)[1].tolist() for batch in schedule]
+    assert batches == [[2] * 8] * 16
+
+
+def test_what_is_left_over_is_spread_over_the_pass():
+    images = images_of([5] * 64)
+    schedule = sampler(0, 320, 32, image_rows=images, captions_per_image=2)
+    singles = [(np.unique(images[batch], return_counts=True)[1] == 1).sum() for batch in schedule]
+    assert min(singles) > 0
+    assert max(singles) < 16
+
+
+def test_one_caption_of_an_image_is_the_order_of_before():
+    images = images_of([3] * 20)
+    plain = list(sampler(100, 60, 8, pair_every=3))
+    assert list(sampler(100, 60, 8, pair_every=3, image_rows=images, captions_per_image=1)) == plain
+    grouped = list(sampler(100, 60, 8, pair_every=3, image_rows=images, captions_per_image=2))
+    assert [batch for batch in grouped if batch[0] < 100] == [batch for batch in plain if batch[0] < 100]
+    assert grouped != plain
+
+
+def test_groups_need_the_image_of_each_pair():
+    for images in (None, np.arange(7)):
+        with pytest.raises(ValueError, match="images for 60 pairs"):
+            sampler(100, 60, 8, image_rows=images, captions_per_image=2)
+    with pytest.raises(ValueError, match="`captions_per_image_in_batch` must be at least 1"):
+        sampler(100, 60, 8, captions_per_image=-1)

@@ -25,6 +25,8 @@ from st_kdmcse import (
 )
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES
 
+OF_TRAINER = ("head_learning_rate", "captions_per_image_in_batch")
+
 
 def sources(sentences, store):
     return DatasetDict(text=Dataset.from_dict({"sentence": sentences[:64]}), pairs=store.dataset())
@@ -46,6 +48,7 @@ def make_trainer(
         **options,
     }
     evaluator = arguments.pop("evaluator", None)
+    of_trainer = {name: arguments.pop(name) for name in OF_TRAINER if name in arguments}
     set_seed(3)
     model = build_student(str(tiny_bert)).to("cpu")
     loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=0.5), features=store)
@@ -59,6 +62,7 @@ def make_trainer(
         pad_to_multiple_of=multiple,
         unpad=unpad,
         pair_every=3,
+        **of_trainer,
     )
 
 
@@ -72,13 +76,15 @@ def everything(trainer):
     return {**trainer.model.state_dict(), **trainer.head_losses[0].heads.state_dict(), **optimizer}
 
 
-@pytest.mark.parametrize("step", [5, 20])
-def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(tiny_bert, sentences, store, tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "options"), [(5, {}), (20, {}), (20, {"head_learning_rate": 1e-2, "captions_per_image_in_batch": 2})]
+)
+def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(tiny_bert, sentences, store, tmp_path, step, options):
     data = sources(sentences, store)
-    whole = make_trainer(tiny_bert, tmp_path / "whole", data, store)
+    whole = make_trainer(tiny_bert, tmp_path / "whole", data, store, **options)
     whole.train()
     assert whole.state.global_step == 2 * 27  # 9 pair batches, every third
-    resumed = make_trainer(tiny_bert, tmp_path / "resumed", data, store)
+    resumed = make_trainer(tiny_bert, tmp_path / "resumed", data, store, **options)
     torch.rand(17)  # a new process is in another state
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     expected, actual = everything(whole), everything(resumed)
@@ -145,6 +151,55 @@ def test_the_best_model_comes_back_with_its_heads(tiny_bert, sentences, store, t
     reference.load_heads(best / "heads")
     for name, value in {**reference.model.state_dict(), **reference.heads.state_dict()}.items():
         assert torch.equal(value, everything(trainer)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "cached", "matryoshka"])
+def test_heads_have_a_learning_rate_of_their_own(tiny_bert, sentences, store, tmp_path, kind):
+    wrap = {
+        "plain": lambda model, loss: loss,
+        "cached": lambda model, loss: CachedKDMCSELoss(model, features=store, mini_batch_size=4),
+        "matryoshka": lambda model, loss: MatryoshkaLoss(model, loss, [32, 16]),
+    }[kind]
+    options = {"head_learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 4, "warmup_steps": 0}
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, wrap=wrap, **options)
+    heads = {id(parameter) for parameter in trainer.head_parameters}
+    assert len(heads) == 8
+    trainer.create_optimizer_and_scheduler(4)
+    for _ in range(2):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    for group in trainer.optimizer.param_groups:
+        of_heads = {id(parameter) in heads for parameter in group["params"]}
+        assert of_heads in ({True}, {False})
+        assert group["initial_lr"] == (1e-2 if of_heads == {True} else 1e-3)
+        assert group["lr"] == group["initial_lr"] / 2
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {(p.ndim, decay[id(p)]) for p in trainer.head_parameters} == {(2, 0.1), (1, 0.0)}
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert len(decay) == len(trained) + len(heads)
+
+
+def test_the_arguments_of_the_caller_stay_as_they_are(tiny_bert, store, tmp_path):
+    arguments = SentenceTransformerTrainingArguments(str(tmp_path), use_cpu=True, learning_rate_mapping={"dense": 1e-4})
+    model = build_student(str(tiny_bert)).to("cpu")
+    trainer = KDMCSETrainer(
+        model, arguments, store.dataset(), loss=KDMCSELoss(model, features=store), head_learning_rate=1e-2
+    )
+    assert arguments.learning_rate_mapping == {"dense": 1e-4}
+    assert list(trainer.args.learning_rate_mapping.values()) == [1e-4, 1e-2]
+
+
+def test_pair_batches_hold_several_captions_of_an_image(tiny_bert, sentences, store, tmp_path):
+    options = {"captions_per_image_in_batch": 3, "per_device_train_batch_size": 12}
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, **options)
+    batches = [batch["label"] for batch in trainer.get_train_dataloader() if "label" in batch]
+    assert len(batches) == 6
+    for rows in batches:
+        assert torch.unique(torch.as_tensor(store.image_rows[rows]), return_counts=True)[1].tolist() == [3] * 4
+    model = trainer.model
+    simcse = KDMCSETrainer(model, trainer.args, store.dataset(), loss=SimCSELoss(model), captions_per_image_in_batch=3)
+    with pytest.raises(ValueError, match="needs the images of the pairs: give `features`"):
+        simcse.get_train_dataloader()
 
 
 def test_gradients_are_clipped_by_the_norm_of_student_and_heads(tiny_bert, sentences, store, tmp_path):
