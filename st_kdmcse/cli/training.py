@@ -147,6 +147,11 @@ def training_options(command: Command, output_dir: Path) -> Command:
             click.option(
                 "--features", type=path, help="Feature store, or JSON file of the KDMCSE authors; --captions makes it."
             ),
+            click.option(
+                "--exclude-images",
+                type=path,
+                help="Images of --features to leave out: an id a line, or a .csv with a column image.",
+            ),
             click.option("--recipe", type=click.Choice(["paper", "released"]), default="paper", show_default=True),
             click.option("--method", type=click.Choice(list(METHODS)), default="kdmcse", show_default=True),
             click.option(

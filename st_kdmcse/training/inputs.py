@@ -6,19 +6,24 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoConfig
 
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences
+from st_kdmcse.data.exclusion import LeftOut, read_left_out
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.extraction import extract_dataset
 from st_kdmcse.files import sha256_file
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import FEATURES_NAME
+from st_kdmcse.training.schedule import pair_rows
 from st_kdmcse.training.student import build_student
 
 logger = logging.getLogger(__name__)
+
+_EXCLUDED = "excluded images"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class TrainingInputs:
     Attributes:
         sources: the datasets "text" and "pairs", as far as there are any.
         store: the teacher features, or None.
+        left_out: what ``exclude_images`` leaves out of the pairs, or None.
         dev: STS-B dev, None without evaluation.
         test: STS-B test, None without evaluation.
         checksums: SHA-256 of the data by name, see :func:`data_checksums`.
@@ -35,6 +41,7 @@ class TrainingInputs:
 
     sources: dict[str, Dataset]
     store: FeatureStore | None
+    left_out: LeftOut | None
     dev: STSPairs | None
     test: STSPairs | None
     checksums: dict[str, str]
@@ -54,7 +61,7 @@ class TrainingInputs:
         dev, test = _load_sts(options)
         sources: dict[str, Dataset] = {}
         checksums = _sts_checksums(dev, test)
-        store = None
+        store = left_out = None
         if options.text is not None:
             sources["text"] = read_sentences(options.text, options.text_column, options.deduplicate)
             checksums["text"] = sha256_file(options.text)
@@ -62,9 +69,15 @@ class TrainingInputs:
             store = _open_features(options, state)
             if state.is_main_process:
                 store.verify()
-            sources["pairs"] = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
+            pairs = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
             checksums["features"] = store.checksum
-        return cls(sources, store, dev, test, checksums)
+            if options.exclude_images is not None:
+                left_out = read_left_out(options.exclude_images, store)
+                pairs = pairs.select(np.flatnonzero(~np.isin(pair_rows(pairs), left_out.rows)))
+                checksums[_EXCLUDED] = sha256_file(options.exclude_images)
+                logger.info("left out %d images with %d captions", left_out.images, len(left_out.rows))
+            sources["pairs"] = pairs
+        return cls(sources, store, left_out, dev, test, checksums)
 
 
 def check_inputs(options: TrainingOptions) -> None:
@@ -84,7 +97,10 @@ def check_inputs(options: TrainingOptions) -> None:
     if options.text is not None:
         read_sentences(options.text, options.text_column, options.deduplicate)
     if options.features is not None and options.extraction is None and options.features.is_dir():
-        FeatureStore.open(options.features).verify()
+        store = FeatureStore.open(options.features)
+        store.verify()
+        if options.exclude_images is not None:
+            read_left_out(options.exclude_images, store)
     try:
         build_student(options.model, options.max_seq_length)
     except ValueError:
@@ -94,7 +110,9 @@ def check_inputs(options: TrainingOptions) -> None:
 
 
 def data_checksums(options: TrainingOptions) -> dict[str, str]:
-    """SHA-256 of the data of a run: "text", "features", and where it evaluates "sts-dev" and "sts-test".
+    """SHA-256 of the data of a run by name.
+
+    The names are "text", "features", "excluded images", and where it evaluates "sts-dev" and "sts-test".
 
     Args:
         options: the run, with its features, if any, in a feature store.
@@ -108,6 +126,8 @@ def data_checksums(options: TrainingOptions) -> dict[str, str]:
         checksums["text"] = sha256_file(options.text)
     if options.features is not None:
         checksums["features"] = FeatureStore.open(options.features).checksum
+    if options.exclude_images is not None:
+        checksums[_EXCLUDED] = sha256_file(options.exclude_images)
     return checksums
 
 
@@ -130,7 +150,7 @@ def encoder_type(model: str) -> str:
 
 
 def _check_paths(options: TrainingOptions) -> None:
-    for name in ("text", "features"):
+    for name in ("text", "features", "exclude_images"):
         path = getattr(options, name)
         written = name == "features" and options.extraction is not None
         if path is not None and not path.exists() and not written:

@@ -34,6 +34,8 @@ class TrainingOptions:
         features: a feature store, or a JSON file in the KDMCSE authors' format. With ``extraction``, the folder that
             the store is written to; None writes it into ``output_dir``.
         extraction: the image-caption data set and the teacher that features come from.
+        exclude_images: a list of images of the features to leave out of the training: an id a line, or a CSV file with
+            a column ``image``.
         recipe: the paper's choices or those of its released code.
         method: a name of :data:`~st_kdmcse.training.methods.METHODS`.
         config: options of :class:`~st_kdmcse.KDMCSEConfig` that differ from the recipe.
@@ -74,6 +76,7 @@ class TrainingOptions:
     deduplicate: bool = False
     features: Path | None = None
     extraction: ExtractionOptions | None = None
+    exclude_images: Path | None = None
     recipe: Literal["paper", "released"] = "paper"
     method: str = "kdmcse"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +125,8 @@ class TrainingOptions:
             )
         if self.text is None and not self.has_features:
             raise ValueError("there is nothing to train on: give `text`, `features`, or both")
+        if self.exclude_images is not None and not self.has_features:
+            raise ValueError("`exclude_images` names images of `features`: give both, or none")
         if self.bf16 and not bfloat16_is_faster(device_type()):
             raise ValueError(f"`bf16`: {no_bfloat16(device_type())}; leave it out")
         if self.compile not in (None, *COMPILE_MODES):

@@ -31,10 +31,11 @@ _STATE_FILES = (
     "training_args.bin",
 )
 
-# Options that may differ between a run and its resumption: they do not change what is computed, or (text, features)
-# their content is compared.
+# Options that may differ between a run and its resumption: they do not change what is computed, or their content is
+# compared.
 _FREE_TO_CHANGE = frozenset(
-    {"resume", "report_to", "output_dir", "workers", "text", "features", "extraction", "eval_data", "save_steps"}
+    {"resume", "report_to", "output_dir", "workers", "save_steps"}
+    | {"text", "features", "extraction", "eval_data", "exclude_images"}
 )
 _DAMAGED = "remove its folder and train again"
 

@@ -94,6 +94,7 @@ def training_summary(
         "seed": options.seed,
         "data_sha256": inputs.checksums,
         "teacher": inputs.store.teacher if inputs.store else None,
+        "excluded": inputs.left_out and {"images": inputs.left_out.images, "captions": len(inputs.left_out.rows)},
         "filters": [asdict(branch) for branch in filters],
         "sts_dev_before": run.get("score_before"),
         "sts_dev_curve": curve,

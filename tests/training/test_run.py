@@ -19,10 +19,11 @@ from helpers import WORDS, copy_tree, free_port
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse import FeatureStore, build_student
+from st_kdmcse import FeatureStore, KDMCSELoss, build_student
 from st_kdmcse.data import load_sts_benchmark, true_pair_score
 from st_kdmcse.evaluation.similarity import spearman, sts_evaluator
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
+from st_kdmcse.files import sha256_file
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run import changes_since_start, train
@@ -155,6 +156,33 @@ def test_the_learning_rate_of_the_heads_is_recorded(arguments, tmp_path):
     assert (summary["learning_rate"], summary["head_learning_rate"]) == (3e-5, 1e-2)
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
     assert (recorded["head_learning_rate"], recorded["captions_per_image_in_batch"]) == (1e-2, 2)
+
+
+def test_images_can_be_left_out(data, tiny_bert, tmp_path, monkeypatch):
+    (tmp_path / "list.csv").write_text("image\n3.jpg\n17.jpg\n")
+    options = TrainingOptions(
+        model=str(tiny_bert),
+        features=data / "features",
+        exclude_images=tmp_path / "list.csv",
+        output_dir=tmp_path / "out",
+        max_steps=12,
+        batch_size=8,
+        eval_steps=0,
+    )
+    rows = []
+    read = KDMCSELoss.teacher_batch
+    monkeypatch.setattr(
+        KDMCSELoss, "teacher_batch", lambda loss, labels, device: rows.extend(labels) or read(loss, labels, device)
+    )
+    summary = train(options)
+    store = FeatureStore.open(data / "features")
+    assert {store.image_id(int(row)) for row in rows} == {f"{image}.jpg" for image in range(24)} - {"3.jpg", "17.jpg"}
+    assert summary["excluded"] == {"images": 2, "captions": 6}
+    assert summary["data_sha256"]["excluded images"] == sha256_file(tmp_path / "list.csv")
+    assert changes_since_start(options) == []
+    assert changes_since_start(replace(options, exclude_images=None)) == ["the excluded images data have changed"]
+    (tmp_path / "list.csv").write_text("3.jpg\n")
+    assert changes_since_start(options) == ["the excluded images data have changed"]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
@@ -301,6 +329,13 @@ def damage(path, change):
         (None, {"method": "simcse", "margin": 0.1}, "method simcse has no option --margin"),
         (None, {"method": "kdmcse-without-adapacse", "margin": 0.1}, "has no option --margin"),
         (None, {"max-steps": 0}, "--max-steps must be positive"),
+        (None, {"exclude-images": "nowhere.csv"}, "--exclude-images nowhere.csv does not exist"),
+        (None, {"exclude-images": "x", "features": None, "method": "simcse"}, "--exclude-images names images of"),
+        (
+            lambda d: (d / "list.txt").write_text("3.jpg\n99.jpg\n"),
+            {"exclude-images": "list.txt"},
+            "list.txt, line 2: the feature store",
+        ),
         (None, {"head-lr": 0}, "--head-lr must be positive"),
         (None, {"captions-per-image-in-batch": 0}, "--captions-per-image-in-batch must be positive"),
         (None, {"pair-every": 1}, "--pair-every must be at least 2"),
@@ -321,6 +356,8 @@ def test_bad_input_is_refused_before_any_model_is_loaded(
         copy = copy_tree(data, tmp_path / "data")
         prepare(copy)
         changes = {"text": copy / "text.txt", "features": copy / "features", "eval-data": copy, **changes}
+        if "exclude-images" in changes:
+            changes["exclude-images"] = copy / changes["exclude-images"]
     loaded = []
     monkeypatch.setattr("st_kdmcse.training.run.build_student", lambda *_: loaded.append(1))
     result = run(arguments(**changes))
