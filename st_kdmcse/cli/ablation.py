@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, split_options
+from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, report_files, split_options
 from st_kdmcse.experiments.grid import method_grid, run_grid
 from st_kdmcse.experiments.report import write_report
 from st_kdmcse.training.methods import METHODS
@@ -21,6 +21,7 @@ def main(
     root: Path,
     methods: list[str] | None,
     seeds: list[int],
+    jobs: int,
     keep_checkpoints: bool,
     data_dir: str | None,
     output: Path | None,
@@ -42,6 +43,6 @@ def main(
     with friendly_errors("stopped; the same command goes on from there"):
         tasks = prepare_report(data_dir, output)
         options, config = split_options(arguments, root)
-        result = run_grid(method_grid(root, methods or list(METHODS), seeds, config, **options), keep_checkpoints)
+        result = run_grid(method_grid(root, methods or list(METHODS), seeds, config, **options), keep_checkpoints, jobs)
         comparison = compare_grid(result, tasks, bootstrap, bootstrap_seed)
-        finish(result, write_report(comparison, output, "Ablation"), output)
+        finish(result, write_report(comparison, output, "Ablation"), report_files(output))

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -68,6 +69,20 @@ def precision_option(default: Precision) -> Callable[[Command], Command]:
     """
     text = "Encode texts in it; auto is bfloat16 where that is faster."
     return click.option("--precision", type=click.Choice(PRECISIONS), default=default, show_default=True, help=text)
+
+
+def cxc_options(command: Command) -> Command:
+    """Give a command the caption pairs of CxC as a task: ``cxc`` and ``coco_captions``."""
+    path = click.Path(path_type=Path)
+    captions = "Annotations of MS-COCO with the captions of --cxc, such as captions_val2014.json; may be repeated."
+    command = click.option("--coco-captions", type=path, multiple=True, callback=_with_cxc, help=captions)(command)
+    return click.option("--cxc", type=path, is_eager=True, help="sts_val.csv or sts_test.csv of CxC.")(command)
+
+
+def _with_cxc(context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    if bool(value) != (context.params.get("cxc") is not None):
+        raise click.UsageError("--cxc and --coco-captions go together: give both, or none")
+    return value
 
 
 class friendly_errors:  # noqa: N801 - a context manager, named like one

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import prepare_report, report_options
+from st_kdmcse.cli.grid import prepare_report, report_files, report_options
 from st_kdmcse.experiments.comparison import compare_runs
 from st_kdmcse.experiments.report import write_report
 from st_kdmcse.experiments.runs import find_runs
@@ -41,4 +41,4 @@ def main(
         found = find_runs(run_dirs)
         comparison = compare_runs(found.runs, tasks, replicates=bootstrap, seed=bootstrap_seed, left_out=found.left_out)
         tables = write_report(comparison, output, title)
-        click.echo(f"{tables}\n\nreport: {output / 'report.html'}, {output / 'report.md'}, {output / 'report.json'}")
+        click.echo(f"{tables}\n\nreport: {', '.join(map(str, report_files(output)))}")

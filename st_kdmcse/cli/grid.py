@@ -64,19 +64,27 @@ class ListType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
-def grid_options(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
+def grid_options(*, config: bool = True, without: Collection[str] = ()) -> Callable[[Command], Command]:
     """Give a command the folder of a grid, its seeds and its report, and the options of a training.
 
     Args:
-        without: options of a training that the command sets itself.
+        config: whether it has those of the config.
+        without: options that it does not have.
     """
 
     def decorate(command: Command) -> Command:
-        command = training_options(config_options(command), Path())
+        command = training_options(config_options(command) if config else command, Path())
+        command = report_options("ROOT/report")(command)
         parameters: list[click.Parameter] = command.__click_params__  # type: ignore[attr-defined]
         parameters[:] = [each for each in parameters if each.name not in {*_SET_BY_THE_GRID, *without}]
-        command = report_options("ROOT/report")(command)
         for option in (
+            click.option(
+                "--jobs",
+                type=click.IntRange(1),
+                default=1,
+                show_default=True,
+                help="Runs at a time; they share the CPU.",
+            ),
             click.option("--keep-checkpoints", is_flag=True, help="Keep the trainer's state of finished runs."),
             click.option(
                 "--seeds",
@@ -135,6 +143,15 @@ def prepare_report(data_dir: str | None, output: Path) -> list[STSTask]:
     return load_sts_tasks(data_dir) if data_dir else []
 
 
+def report_files(output: Path) -> list[Path]:
+    """The files of a report.
+
+    Args:
+        output: its folder.
+    """
+    return [output / f"report.{ending}" for ending in ("html", "md", "json")]
+
+
 def split_options(arguments: dict[str, Any], root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of parsed options, those of the training, and those of its config.
 
@@ -170,15 +187,15 @@ def compare_grid(result: GridResult, tasks: Sequence[STSTask], bootstrap: int, b
     )
 
 
-def finish(result: GridResult, report: str, output: Path) -> None:
+def finish(result: GridResult, report: str, files: Sequence[Path]) -> None:
     """Show a report, and exit with status 1 if a run has failed.
 
     Args:
         result: of :func:`~st_kdmcse.experiments.grid.run_grid`.
         report: the tables for the terminal.
-        output: the folder of the report.
+        files: that were written.
     """
-    click.echo(f"\n{report}\n\nreport: {output / 'report.html'}, {output / 'report.md'}, {output / 'report.json'}")
+    click.echo(f"\n{report}\n\nreport: {', '.join(map(str, files))}")
     if result.failed:
         click.echo(f"{len(result.failed)} of {len(result.failed) + len(result.finished)} runs failed:", err=True)
         for folder, error in result.failed.items():

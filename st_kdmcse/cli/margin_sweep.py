@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, split_options
+from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, report_files, split_options
 from st_kdmcse.experiments.grid import margin_grid, run_grid
 from st_kdmcse.experiments.report import write_sweep_report
 
@@ -22,6 +22,7 @@ def main(
     root: Path,
     margins: list[float],
     seeds: list[int],
+    jobs: int,
     keep_checkpoints: bool,
     data_dir: str | None,
     output: Path | None,
@@ -41,6 +42,6 @@ def main(
     with friendly_errors("stopped; the same command goes on from there"):
         tasks = prepare_report(data_dir, output)
         options, config = split_options(arguments, root)
-        result = run_grid(margin_grid(root, margins, seeds, config, **options), keep_checkpoints)
+        result = run_grid(margin_grid(root, margins, seeds, config, **options), keep_checkpoints, jobs)
         comparison = compare_grid(result, tasks, bootstrap, bootstrap_seed)
-        finish(result, write_sweep_report(comparison, output), output)
+        finish(result, write_sweep_report(comparison, output), report_files(output))

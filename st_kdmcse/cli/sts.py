@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
-from st_kdmcse.data import STS_TASKS, load_sts_tasks
+from st_kdmcse.cli.common import cxc_options, friendly_errors, precision_option, quiet_libraries
+from st_kdmcse.data import STS_TASKS, load_cxc, load_sts_tasks
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
 from st_kdmcse.files import check_output_file, write_json
@@ -25,6 +25,7 @@ from st_kdmcse.provenance import provenance
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for the result.")
 @click.option("--tasks", help=f"Tasks, separated by commas.  [{','.join(STS_TASKS)}]")
+@cxc_options
 @click.option(
     "--pooling",
     help=f"Other poolings to score: {','.join(POOLINGS)}, separated by commas; or all.",
@@ -37,17 +38,24 @@ def main(
     data_dir: str,
     output: Path | None,
     tasks: str | None,
+    cxc: Path | None,
+    coco_captions: tuple[Path, ...],
     pooling: str | None,
     device: str | None,
     batch_tokens: int | None,
     precision: Precision,
 ) -> None:
-    """Score a model on STS12 to STS16, STS-B and SICK-R (test sets): Spearman x 100 in SentEval's "all" setting."""
+    """Score a model on STS12 to STS16, STS-B and SICK-R (test sets): Spearman x 100 in SentEval's "all" setting.
+
+    The average is that of these seven; CxC stands beside it.
+    """
     quiet_libraries()
     with friendly_errors():
         check_output_file(output)
         names = [name.strip() for name in tasks.split(",")] if tasks else STS_TASKS
         found = load_sts_tasks(data_dir, names)
+        if cxc is not None:
+            found.append(load_cxc(cxc, coco_captions))
         encoder = load_model(model, device)
         computed = resolve_precision(precision, encoder.device)
         if pooling:
@@ -85,7 +93,7 @@ def main(
 def table(results: dict[str, STSResult]) -> str:
     """Spearman x 100, a row a model or pooling, a column a task."""
     width = max(map(len, results))
-    columns = [*STS_TASKS, AVERAGE]
+    columns = list(next(iter(results.values())).spearman)
     lines = [" " * width + "".join(f"{column:>8}" for column in columns)]
     for name, result in results.items():
         scores = [result.spearman[column] for column in columns]

@@ -19,6 +19,7 @@ from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
 from st_kdmcse.training.presets import PRESETS, DatasetPreset
 from st_kdmcse.training.run import train
+from st_kdmcse.training.student import PoolingMode
 
 Command = Callable[..., Any]
 
@@ -172,6 +173,13 @@ def training_options(command: Command, output_dir: Path) -> Command:
             click.option("--lr", type=float, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
             click.option(
                 "--head-lr", "head_learning_rate", type=float, help="Peak learning rate of the heads.  [that of --lr]"
+            ),
+            click.option(
+                "--pooling",
+                type=click.Choice(get_args(PoolingMode)),
+                default=default.pooling,
+                show_default=True,
+                help="Sentence embedding: the [CLS] vector, or the mean of the token vectors.",
             ),
             click.option("--max-seq-length", type=int, default=default.max_seq_length, show_default=True),
             click.option("--pair-every", type=int, help="Steps from one pair batch to the next.  [|text| / |pairs|]"),

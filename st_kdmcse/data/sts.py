@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +64,7 @@ class STSPairs:
         scores: gold similarity of each pair, from 0 to 5.
         name: what an evaluator calls the set, such as "sts-dev".
         places: where each pair comes from, such as "sts-dev.csv, line 7"; for error messages.
+        genres: of STS-B in SentEval's layout, the genre of each pair, such as "main-captions".
     """
 
     sentences1: list[str]
@@ -71,6 +72,7 @@ class STSPairs:
     scores: list[float]
     name: str
     places: Sequence[str] = field(default=(), compare=False, repr=False)
+    genres: Sequence[str] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -79,10 +81,10 @@ class STSPairs:
 
 @dataclass(frozen=True)
 class STSTask:
-    """A task of Table 1: one or several subsets, scored as one in the "all" setting.
+    """A task of Table 1, or another one: one or several subsets, scored as one in the "all" setting.
 
     Attributes:
-        name: one of :data:`STS_TASKS`.
+        name: one of :data:`STS_TASKS`, or another name.
         subsets: the sets of pairs that its publisher tells apart, at least one.
     """
 
@@ -241,8 +243,9 @@ def _read_benchmark(folder: Path, split: Split) -> STSPairs:
     path = folder / f"sts-{split}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: copy the whole STSBenchmark folder of SentEval")
-    rows = ((where, _columns(line, where, 7)) for where, line in _lines(path))
-    return _pairs(f"sts-{split}", path, ((where, row[4], row[5], row[6]) for where, row in rows))
+    rows = [(where, _columns(line, where, 7)) for where, line in _lines(path)]
+    pairs = checked_pairs(f"sts-{split}", path, ((where, row[4], row[5], row[6]) for where, row in rows))
+    return replace(pairs, genres=[row[0] for _, row in rows])
 
 
 def _read_sick(path: Path, name: str) -> STSPairs:
@@ -253,7 +256,7 @@ def _read_sick(path: Path, name: str) -> STSPairs:
             f"{where}: the header is {header!r}, expected pair_ID, sentence_A, sentence_B, relatedness_score; {_COPY}"
         )
     rows = ((where, _columns(line, where, 4)) for where, line in lines)
-    return _pairs(name, path, ((where, row[3], row[1], row[2]) for where, row in rows))
+    return checked_pairs(name, path, ((where, row[3], row[1], row[2]) for where, row in rows))
 
 
 def _read_year(folder: Path, subset: str) -> STSPairs:
@@ -275,7 +278,7 @@ def _read_year(folder: Path, subset: str) -> STSPairs:
         for (where, line), (place, gold) in zip(sentences, scores, strict=True)
         if gold.strip()
     )
-    return _pairs(subset, inputs, rows)
+    return checked_pairs(subset, inputs, rows)
 
 
 def _from_datasets(source: str, split: Split, name: str) -> STSPairs:
@@ -294,14 +297,23 @@ def _from_datasets(source: str, split: Split, name: str) -> STSPairs:
         raise ValueError(f"{source}, split {found}: no column {', '.join(sorted(missing))}; {_LOCAL}")
     columns = zip(rows["score"], rows["sentence1"], rows["sentence2"], strict=True)
     where = f"{source}, split {found}"
-    pairs = _pairs(name, where, ((f"{where}, row {row}", *each) for row, each in enumerate(columns)))
+    pairs = checked_pairs(name, where, ((f"{where}, row {row}", *each) for row, each in enumerate(columns)))
     if max(pairs.scores) <= 1:
         pairs.scores[:] = [score * _MAX_SCORE for score in pairs.scores]
     return pairs
 
 
-def _pairs(name: str, source: str | Path, rows: Iterable[tuple[str, Any, Any, Any]]) -> STSPairs:
-    """Pairs of rows (place, gold, sentence, sentence), checked."""
+def checked_pairs(name: str, source: str | Path, rows: Iterable[tuple[str, Any, Any, Any]]) -> STSPairs:
+    """Pairs from rows, with their sentences' words joined by single blanks.
+
+    Args:
+        name: of the set.
+        source: where they come from.
+        rows: place, gold score and both sentences of each pair.
+
+    Raises:
+        ValueError: if there is no row, a sentence is no text, or a score is not from 0 to 5; names the place.
+    """
     places: list[str] = []
     pairs = STSPairs([], [], [], name, places)
     for where, gold, first, second in rows:

@@ -41,6 +41,7 @@ class STSResult:
     Attributes:
         spearman: Spearman x 100 by task in the "all" setting, rounded to 2 decimals, and the mean of all seven as
             "Avg."; None for a task that was absent or whose correlation is undefined, and for "Avg." if there is one.
+            Tasks beside the seven follow.
         details: for each task that was there: pairs, checksum of the data, Pearson and Spearman (x 100) of all
             subsets as one ("all"), their mean over subsets, the mean weighted by pairs ("wmean"), and each subset's.
         similarities: the cosine of each pair by task, subset after subset.
@@ -173,6 +174,9 @@ def score_embeddings(
     scores = [score for score in spearman.values() if score is not None]
     # As in published tables, the mean of the rounded scores.
     spearman[AVERAGE] = round(sum(scores) / len(scores), 2) if len(scores) == len(STS_TASKS) else None
+    for name, parts in details.items():
+        if name not in spearman:
+            spearman[name] = None if parts["spearman"]["all"] is None else round(parts["spearman"]["all"], 2)
     return STSResult(spearman, details, similarities)
 
 

@@ -227,7 +227,9 @@ def _task_scores(
     mean = (
         None if None in present.values() else float(np.mean([value for value in present.values() if value is not None]))
     )
-    return {**found, PRESENT: mean, AVERAGE: mean if len(present) == len(STS_TASKS) else None}
+    seven = [found[name] for name in STS_TASKS]
+    average = None if None in seven else float(np.mean([value for value in seven if value is not None]))
+    return {**found, PRESENT: mean, AVERAGE: average}
 
 
 def _summary(values: Sequence[float | None]) -> Summary | None:

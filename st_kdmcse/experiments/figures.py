@@ -125,7 +125,7 @@ def margin_figure(comparison: Comparison) -> Figure:
 def measure_of(comparison: Comparison) -> str:
     """What is compared, in words."""
     names = list(comparison.tasks)
-    if len(names) == len(STS_TASKS):
+    if set(names) == set(STS_TASKS):
         return "average of the seven tasks"
     if not names:
         return "STS-B test score"

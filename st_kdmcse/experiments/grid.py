@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from st_kdmcse.data import import_released_json, sha256_file
+from st_kdmcse.experiments.arms import Arm
+from st_kdmcse.experiments.workers import train_side_by_side
 from st_kdmcse.files import byte_progress, write_json
 from st_kdmcse.training.callbacks import Interrupted, StopOnSignal
 from st_kdmcse.training.inputs import check_inputs, data_checksums
@@ -80,6 +82,37 @@ def method_grid(
         )
         for method in methods
         for seed in seeds
+    )
+
+
+def arm_grid(root: Path, arms: Mapping[str, Arm], seeds: Sequence[int], **options: Any) -> list[TrainingOptions]:
+    """Runs of the arms of an experiment over seeds, with the same order of the data in all arms of a seed.
+
+    Args:
+        root: the runs go to ``root/ARM/seed-SEED``.
+        arms: by name.
+        seeds: a run each.
+        options: further options of :class:`~st_kdmcse.training.options.TrainingOptions`; those of an arm come first.
+
+    Returns:
+        The runs, seed by seed, so that an unfinished experiment has whole seeds.
+
+    Raises:
+        ValueError: for options out of range, or a seed that is named twice.
+    """
+    return _checked(
+        TrainingOptions(
+            **{
+                **options,
+                **arm.options,
+                "method": arm.method,
+                "config": arm.config,
+                "seed": seed,
+                "output_dir": Path(root) / name / f"seed-{seed}",
+            }
+        )
+        for seed in seeds
+        for name, arm in arms.items()
     )
 
 
@@ -147,15 +180,16 @@ def shared_features(root: Path, features: Path | None) -> Path | None:
     return made
 
 
-def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False) -> GridResult:
-    """Train the runs that are not finished, one after the other.
+def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False, jobs: int = 1) -> GridResult:
+    """Train the runs that are not finished, one after the other or several at a time.
 
     A finished run is left as it is, an interrupted one goes on from its newest checkpoint. A run that fails is recorded
     in a file beside its folder (``seed-0.failed.json``) and is tried again the next time; the others go on.
 
     Args:
-        runs: from :func:`method_grid` or :func:`margin_grid`.
+        runs: from :func:`method_grid`, :func:`arm_grid` or :func:`margin_grid`.
         keep_checkpoints: keep the states of the trainer of finished runs, which are several times the size of a model.
+        jobs: runs at a time. More than one share the threads of this process, and sums are rounded by their number.
 
     Returns:
         Which are finished and which failed.
@@ -179,27 +213,33 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False) ->
                 f"the run in {options.output_dir} was started with other options or data: {'; '.join(changes)}. "
                 "Give those again, choose another folder for the grid, or remove that run to train it again"
             )
-    result = GridResult()
-    done = [options for options in runs if _is_finished(options)]
-    if len(done) < len(runs):
-        # What would stop every run stops the grid.
-        check_inputs(next(options for options in runs if options not in done))
+    left = [options for options in runs if not _is_finished(options)]
+    if not left:
+        logger.info("all %d runs were finished before", len(runs))
+    else:
+        check_inputs(left[0])  # what would stop every run stops the grid
+    failed: dict[Path, str] = {}
     started, trained = time.perf_counter(), 0
-    for number, options in enumerate(runs, start=1):
-        if options not in done:
-            _announce(options, number, len(runs), len(done), trained, time.perf_counter() - started)
-            error = _train(options)
-            if error is not None:
-                result.failed[options.output_dir] = error
-                continue
-            done.append(options)
-            trained += 1
-        result.finished.append(options.output_dir)
+
+    def drop_checkpoints(options: TrainingOptions) -> None:
         if not keep_checkpoints:
             shutil.rmtree(options.output_dir / CHECKPOINTS_NAME, ignore_errors=True)
-    if not trained and not result.failed:
-        logger.info("all %d runs were finished before", len(runs))
-    return result
+
+    def announce(options: TrainingOptions) -> None:
+        done = len(runs) - len(left) + trained
+        _announce(options, runs.index(options) + 1, len(runs), done, trained, time.perf_counter() - started)
+
+    for options in runs:
+        if options not in left:
+            drop_checkpoints(options)
+    outcomes = _one_by_one(left, announce) if jobs == 1 else train_side_by_side(left, _train, announce, jobs)
+    for options, error in outcomes:
+        if error is not None:
+            failed[options.output_dir] = error
+            continue
+        trained += 1
+        drop_checkpoints(options)
+    return GridResult([options.output_dir for options in runs if options.output_dir not in failed], failed)
 
 
 def _checked(options: Any) -> list[TrainingOptions]:
@@ -226,6 +266,14 @@ def _read_source(record: Path) -> dict[str, str]:
 
 def _is_finished(options: TrainingOptions) -> bool:
     return (options.output_dir / SUMMARY_NAME).is_file()
+
+
+def _one_by_one(
+    runs: Sequence[TrainingOptions], announce: Callable[[TrainingOptions], None]
+) -> Iterator[tuple[TrainingOptions, str | None]]:
+    for options in runs:
+        announce(options)
+        yield options, _train(options)
 
 
 def _announce(options: TrainingOptions, number: int, total: int, done: int, trained: int, seconds: float) -> None:

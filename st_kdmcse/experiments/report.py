@@ -73,7 +73,7 @@ def write_sweep_report(comparison: Comparison, output: str | Path) -> str:
         blocks.append(
             Paragraph(
                 f"The margin with the highest mean on STS-B dev is **{margin_of(best.group):g}** radians "
-                f"({_cell(best.dev['best'])}). Choose a margin on STS-B dev: the score of a margin that was chosen on "
+                f"({cell(best.dev['best'])}). Choose a margin on STS-B dev: the score of a margin that was chosen on "
                 "the test tasks is too high."
             )
         )
@@ -145,7 +145,8 @@ def _score_tables(comparison: Comparison) -> Iterator[Block]:
         + ("" if comparison.tasks else " The STS-B column is the test score of the training itself.")
         + ("" if has_all else f" {_DASH} stands for a task whose data were not there.")
     )
-    columns = [*STS_TASKS, AVERAGE, *([] if has_all else [PRESENT])]
+    others = [name for name in comparison.tasks if name not in STS_TASKS]
+    columns = [*STS_TASKS, AVERAGE, *others, *([] if has_all and not others else [PRESENT])]
     cells = [_column([row.best[name] for row in rows]) for name in columns]
     yield DataTable(
         ["method", "seeds", *columns],
@@ -209,8 +210,8 @@ def _cost(comparison: Comparison) -> Iterator[Block]:
             [
                 row.group.label,
                 f"{row.group.runs[0].summary['steps']:,}",
-                _cell(row.seconds, 1),
-                _cell(summarize([run.summary["train_seconds"] / run.summary["steps"] for run in row.group.runs]), 3),
+                cell(row.seconds, 1),
+                cell(summarize([run.summary["train_seconds"] / run.summary["steps"] for run in row.group.runs]), 3),
             ]
             for row in comparison.rows
         ],
@@ -275,7 +276,7 @@ def _json(comparison: Comparison) -> dict[str, Any]:
     methods = [
         {
             "label": row.group.label,
-            "settings": {name: _plain(name, value) for name, value in row.group.runs[0].settings.items()},
+            "settings": {name: plain_setting(name, value) for name, value in row.group.runs[0].settings.items()},
             "best": _summaries(row.best),
             "last": _summaries(row.last),
             "sts_dev": _summaries(row.dev),
@@ -326,14 +327,15 @@ def _pair_row(pair: Pair) -> list[str]:
     return [
         f"{pair.first} − {pair.second}",
         f"{pair.difference:+.2f}",
-        _p(pair.t_test, pair.t_test_holm),
-        _p(pair.welch),
+        p_cell(pair.t_test, pair.t_test_holm),
+        p_cell(pair.welch),
         interval,
-        _p(pair.bootstrap, pair.bootstrap_holm),
+        p_cell(pair.bootstrap, pair.bootstrap_holm),
     ]
 
 
-def _p(p: float | None, corrected: float | None = None) -> str:
+def p_cell(p: float | None, corrected: float | None = None) -> str:
+    """A p value as text, with the corrected one in brackets if there is one."""
     if p is None:
         return _DASH
     return _small(p) if corrected is None else f"{_small(p)} ({_small(corrected)})"
@@ -343,7 +345,8 @@ def _small(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _cell(score: Summary | None, digits: int = 2) -> str:
+def cell(score: Summary | None, digits: int = 2) -> str:
+    """A score as text: mean and standard deviation."""
     if score is None:
         return _DASH
     return f"{score.mean:.{digits}f}" + ("" if score.std is None else f" ± {score.std:.{digits}f}")
@@ -353,14 +356,14 @@ def _column(scores: Sequence[Summary | None]) -> list[str]:
     """Cells of a column; the highest mean is bold, unless there is nothing to compare it with."""
     known = [round(score.mean, 2) for score in scores if score]
     return [
-        f"**{_cell(score)}**" if score and len(known) > 1 and round(score.mean, 2) == max(known) else _cell(score)
+        f"**{cell(score)}**" if score and len(known) > 1 and round(score.mean, 2) == max(known) else cell(score)
         for score in scores
     ]
 
 
 def _best_and_last(best: Summary | None, last: Summary | None) -> list[str]:
     difference = f"{last.mean - best.mean:+.2f}" if best and last else _DASH
-    return [_cell(best), _cell(last), difference]
+    return [cell(best), cell(last), difference]
 
 
 def _names(runs: Sequence[Run]) -> dict[str, Run]:
@@ -371,12 +374,12 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
 
 
 def _setting(run: Run, name: str) -> str:
-    value = _plain(name, run.setting(name))
+    value = plain_setting(name, run.setting(name))
     if value is None:
         return "default" if name in run.settings else _DASH
     return str(value)
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain_setting(name: str, value: Any) -> Any:
     """A setting without the place on a machine where a model was."""
     return "/".join(Path(value).parts[-2:]) if name == "model" and Path(value).is_absolute() else value

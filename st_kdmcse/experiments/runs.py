@@ -45,6 +45,8 @@ _SHARED_OPTIONS = (
     "pair_every",
     "captions_per_image",
     "captions_per_image_in_batch",
+    "pooling",
+    "permute_images",
     "head_learning_rate",
     "eval_steps",
     "gather_across_devices",
@@ -281,12 +283,12 @@ def score_runs(
             checksum = {}
             for checkpoint in checkpoints:
                 model = _model_folder(run, checkpoint)
-                checksum[checkpoint] = _model_checksum(model)
+                checksum[checkpoint] = model_checksum(model)
                 if checkpoint == "last" and checksum["last"] == checksum["best"]:
                     found[run.folder, "last"] = found[run.folder, "best"]
                 else:
                     cache = run.folder / _CACHE / f"sts-{checkpoint}.json"
-                    found[run.folder, checkpoint] = _scores(model, checksum[checkpoint], tasks, cache)
+                    found[run.folder, checkpoint] = score_model(model, tasks, cache, checksum[checkpoint])
                 progress.update()
     return found
 
@@ -323,7 +325,7 @@ def _model_folder(run: Run, checkpoint: Checkpoint) -> Path:
     return folder
 
 
-def _model_checksum(folder: Path) -> str:
+def model_checksum(folder: Path) -> str:
     """SHA-256 over the names and contents of all files that loading the model may read."""
     try:
         places = [module["path"] for module in json.loads((folder / _MODULES).read_text(encoding="utf-8"))]
@@ -335,8 +337,17 @@ def _model_checksum(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _scores(folder: Path, checksum: str, tasks: Sequence[STSTask], cache: Path) -> Scores:
-    """From the cache if model and data are those of then, else computed and put there."""
+def score_model(folder: Path, tasks: Sequence[STSTask], cache: Path, checksum: str | None = None) -> Scores:
+    """Score a saved model on tasks, once.
+
+    Args:
+        folder: of the model.
+        tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
+        cache: JSON file that holds the scores if model and data are those of then; else they are computed and put
+            there, the cosines in a ``.npz`` beside it.
+        checksum: what :func:`model_checksum` says, where that is known.
+    """
+    checksum = checksum or model_checksum(folder)
     checksums = {task.name: task.checksum for task in tasks}
     known = _cached(cache, checksum, checksums)
     if known is not None:

@@ -32,6 +32,24 @@ class Summary(NamedTuple):
     n: int
 
 
+class PairedDifference(NamedTuple):
+    """The difference of two methods over the seeds that both were trained with.
+
+    Attributes:
+        mean: of the differences.
+        low: lower end of the confidence interval of the mean (Student's t); None for a single seed.
+        high: upper end.
+        p: two-sided p value of the paired t-test; None where there is none, as where all differences are the same.
+        n: number of seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+
+
 class BootstrapDifference(NamedTuple):
     """How far the difference of two methods' scores varies with the choice of the sentence pairs.
 
@@ -77,6 +95,34 @@ def t_test(first: Sequence[float], second: Sequence[float], welch: bool = False)
         return None
     p = float(stats.ttest_ind(first, second, equal_var=not welch).pvalue)
     return p if math.isfinite(p) else None
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
+    """The paired t-test, for the difference of two methods over the same seeds.
+
+    Args:
+        first: n >= 1 scores of a method, one a seed.
+        second: scores of another method, of the same seeds in the same order.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: if the lengths differ.
+
+    Example:
+        >>> paired_difference([2.0, 3.0, 5.0], [1.0, 2.0, 3.0]).mean.__round__(3)
+        1.333
+    """
+    differences = np.subtract(first, second) if len(first) == len(second) else None
+    if differences is None or not len(differences):
+        raise ValueError(f"paired scores must be as many, got {len(first)} and {len(second)}")
+    mean, n = float(differences.mean()), len(differences)
+    if n < 2:
+        return PairedDifference(mean, None, None, None, n)
+    if np.ptp(differences) == 0:
+        return PairedDifference(mean, mean, mean, None, n)
+    test = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(confidence)
+    return PairedDifference(mean, float(interval.low), float(interval.high), float(test.pvalue), n)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

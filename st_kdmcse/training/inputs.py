@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences
 from st_kdmcse.data.exclusion import LeftOut, read_left_out
+from st_kdmcse.data.permuted import PermutedFeatureStore
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.extraction import extract_dataset
 from st_kdmcse.files import sha256_file
@@ -67,6 +68,8 @@ class TrainingInputs:
             checksums["text"] = sha256_file(options.text)
         if options.has_features:
             store = _open_features(options, state)
+            if options.permute_images:
+                store = PermutedFeatureStore(store.path, options.seed)
             if state.is_main_process:
                 store.verify()
             pairs = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
@@ -102,7 +105,7 @@ def check_inputs(options: TrainingOptions) -> None:
         if options.exclude_images is not None:
             read_left_out(options.exclude_images, store)
     try:
-        build_student(options.model, options.max_seq_length)
+        build_student(options.model, options.max_seq_length, options.pooling)
     except ValueError:
         raise
     except Exception as error:  # whatever the libraries raise for damaged or missing weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -16,6 +16,7 @@ from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import cpu_only, device_type
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
+from st_kdmcse.training.student import PoolingMode
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, check_compilation
 
 COMPILE_MODES = ("default", *CUDA_GRAPH_MODES)
@@ -36,6 +37,8 @@ class TrainingOptions:
         extraction: the image-caption data set and the teacher that features come from.
         exclude_images: a list of images of the features to leave out of the training: an id a line, or a CSV file with
             a column ``image``.
+        permute_images: give the captions of each image the features of another one, drawn by ``seed``: a control, for
+            experiments.
         recipe: the paper's choices or those of its released code.
         method: a name of :data:`~st_kdmcse.training.methods.METHODS`.
         config: options of :class:`~st_kdmcse.KDMCSEConfig` that differ from the recipe.
@@ -48,6 +51,7 @@ class TrainingOptions:
             None or 0 turns it off.
         lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
         head_learning_rate: peak learning rate of the heads, decayed likewise; None is ``lr``.
+        pooling: "cls", or "mean" for an encoder whose sentence embedding is the mean of its token vectors.
         max_seq_length: longest sentence in tokens; longer ones are cut off.
         pair_every: steps from one pair batch to the next; None computes it from the sizes.
         captions_per_image: draw that many captions of each image; None takes all.
@@ -77,6 +81,7 @@ class TrainingOptions:
     features: Path | None = None
     extraction: ExtractionOptions | None = None
     exclude_images: Path | None = None
+    permute_images: bool = False
     recipe: Literal["paper", "released"] = "paper"
     method: str = "kdmcse"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +93,7 @@ class TrainingOptions:
     mini_batch_size: int | None = None
     lr: float | None = None
     head_learning_rate: float | None = None
+    pooling: PoolingMode = "cls"
     max_seq_length: int = 32
     pair_every: int | None = None
     captions_per_image: int | None = None
@@ -127,6 +133,8 @@ class TrainingOptions:
             raise ValueError("there is nothing to train on: give `text`, `features`, or both")
         if self.exclude_images is not None and not self.has_features:
             raise ValueError("`exclude_images` names images of `features`: give both, or none")
+        if self.pooling not in get_args(PoolingMode):
+            raise ValueError(f"`pooling` must be one of {', '.join(get_args(PoolingMode))}, got {self.pooling!r}")
         if self.bf16 and not bfloat16_is_faster(device_type()):
             raise ValueError(f"`bf16`: {no_bfloat16(device_type())}; leave it out")
         if self.compile not in (None, *COMPILE_MODES):

@@ -76,7 +76,7 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     state.wait_for_everyone()
 
     set_seed(options.seed)
-    model = build_student(options.model, options.max_seq_length)
+    model = build_student(options.model, options.max_seq_length, options.pooling)
     loss = build_loss(
         options.method,
         model,

@@ -1,24 +1,28 @@
-"""The student: a BERT-like encoder whose [CLS] vector is the sentence embedding."""
+"""The student: a BERT-like encoder whose [CLS] vector, or mean token vector, is the sentence embedding."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import nn
 
+PoolingMode = Literal["cls", "mean"]
 
-def build_student(name_or_path: str, max_seq_length: int = 32) -> SentenceTransformer:
+
+def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingMode = "cls") -> SentenceTransformer:
     """A sentence encoder from any BERT-like checkpoint: the last layer's [CLS] vector, before the MLP pooler.
 
     Args:
         name_or_path: a hub name or local folder of a BERT, RoBERTa, MiniLM, ... encoder, or of a sentence-transformers
             model, of which the encoder is taken.
         max_seq_length: tokens after which sentences are cut off (32 in the paper).
+        pooling: "cls" (the paper's), or "mean" over the tokens, for a model that was trained with it.
 
     Returns:
-        Transformer + Pooling("cls"), which saves as a stock sentence-transformers model.
+        Transformer + Pooling, which saves as a stock sentence-transformers model.
 
     Raises:
         ValueError: if the model has no [CLS] token, or fewer positions than ``max_seq_length``.
@@ -35,7 +39,7 @@ def build_student(name_or_path: str, max_seq_length: int = 32) -> SentenceTransf
             f"max_seq_length must be from 2 to the {positions} positions of {name_or_path}, got {max_seq_length}"
         )
     transformer.float()  # a checkpoint in half precision would be trained in it, and small updates be rounded away
-    student = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
+    student = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)])
     if not Path(name_or_path).is_dir():
         student.model_card_data.set_base_model(name_or_path)
     return student

@@ -108,6 +108,14 @@ def test_the_average_is_of_all_seven():
     assert list(result.spearman) == [*STS_TASKS, "Avg."]
 
 
+def test_other_tasks_stand_beside_the_average(student, tasks):
+    other = STSTask("CxC", tasks[0].subsets)
+    result = evaluate_sts(student, [*tasks, other])
+    assert list(result.spearman) == [*STS_TASKS, "Avg.", "CxC"]
+    assert result.spearman["CxC"] == result.spearman["STS12"]
+    assert result.spearman["Avg."] is None
+
+
 def test_a_collapsed_model_has_no_score(tasks, caplog):
     result = score_embeddings(lambda sentences: np.ones((len(sentences), 3), np.float32), tasks)
     assert result.spearman["STS12"] is None

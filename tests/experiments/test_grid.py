@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from file_events import at_path, interrupt
 from helpers import copy_tree, load_command
+from safetensors.torch import load_file
 from small_runs import flags, options, write_data
 
 from st_kdmcse import FeatureStore
@@ -120,6 +122,19 @@ def test_a_run_that_diverges_does_not_lose_the_others(data, tiny_bert, tmp_path,
     shutil.rmtree(tmp_path / "simcse/seed-0")
     assert run_grid(method_grid(tmp_path, ["simcse"], [0], **options(data, tiny_bert, max_steps=2))).failed == {}
     assert not (tmp_path / "simcse/seed-0.failed.json").exists()
+
+
+def test_runs_side_by_side(finished, data, tiny_bert, tmp_path):
+    bad = method_grid(tmp_path, ["simcse"], [7], **options(data, tiny_bert, lr=1e30))
+    good = method_grid(tmp_path, ["simcse", "mcse"], [0, 1], {"temperature": 0.1}, **options(data, tiny_bert))
+    result = run_grid([*bad, *good], jobs=2)
+    assert result.finished == [run.output_dir for run in good]
+    assert "training diverged" in result.failed[tmp_path / "simcse/seed-7"]
+    assert not (tmp_path / "mcse/seed-1/checkpoints").exists()
+    for name in ("simcse/seed-0", "mcse/seed-1"):
+        alone, beside = (load_file(root / name / "last/model.safetensors") for root in (finished, tmp_path))
+        for key, value in alone.items():
+            torch.testing.assert_close(beside[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpoints_are_kept_on_demand(data, tiny_bert, tmp_path):

@@ -13,6 +13,7 @@ from st_kdmcse.experiments.statistics import (
     bootstrap_difference,
     bootstrap_scores,
     holm,
+    paired_difference,
     resampled_spearman,
     summarize,
     t_test,
@@ -26,6 +27,19 @@ def test_summary_of_three_and_of_one():
     assert summarize([3.0]) == (3.0, None, 1)
     with pytest.raises(ValueError, match="no score"):
         summarize([])
+
+
+def test_paired_t_test_by_hand():
+    found = paired_difference([3.0, 4.0, 8.0], [1.0, 2.0, 3.0])  # differences 2, 2, 5
+    error = math.sqrt(3 / 3)  # variance 3
+    assert (found.mean, found.n) == (3.0, 3)
+    assert found.p == pytest.approx(2 * t_distribution.sf(3 / error, 2))
+    reach = t_distribution.ppf(0.975, 2) * error
+    assert (found.low, found.high) == pytest.approx((3 - reach, 3 + reach))
+    assert paired_difference([1.0, 2.0], [0.0, 1.0]) == (1.0, 1.0, 1.0, None, 2)
+    assert paired_difference([1.0], [0.5]) == (0.5, None, None, None, 1)
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        paired_difference([1.0, 2.0], [1.0])
 
 
 def test_t_test_by_hand():

@@ -150,12 +150,20 @@ def test_recipes_and_options_reach_the_loss(arguments, tmp_path):
 
 
 def test_the_learning_rate_of_the_heads_is_recorded(arguments, tmp_path):
-    flags = {"method": "simcse", "head-lr": 1e-2, "captions-per-image-in-batch": 2, "eval-steps": 0, "max-steps": 2}
+    flags = {
+        "method": "simcse",
+        "pooling": "mean",
+        "head-lr": 1e-2,
+        "captions-per-image-in-batch": 2,
+        "eval-steps": 0,
+        "max-steps": 2,
+    }
     assert run(arguments(**flags)).exit_code == 0
     summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
     assert (summary["learning_rate"], summary["head_learning_rate"]) == (3e-5, 1e-2)
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())["options"]
     assert (recorded["head_learning_rate"], recorded["captions_per_image_in_batch"]) == (1e-2, 2)
+    assert SentenceTransformer(str(tmp_path / "out"), device="cpu")[1].pooling_mode == "mean"
 
 
 def test_images_can_be_left_out(data, tiny_bert, tmp_path, monkeypatch):

@@ -16,6 +16,15 @@ def test_the_embedding_is_the_cls_vector_before_the_pooler(student, sentences):
     torch.testing.assert_close(student.encode(sentences[:4], convert_to_tensor=True), output.last_hidden_state[:, 0])
 
 
+def test_the_embedding_can_be_the_mean_of_the_tokens(tiny_bert, sentences, tmp_path):
+    model = build_student(str(tiny_bert), pooling="mean").to("cpu")
+    tokens = model.encode(sentences[0], output_value="token_embeddings")
+    torch.testing.assert_close(model.encode(sentences[0], convert_to_tensor=True), tokens.mean(dim=0))
+    model.save_pretrained(str(tmp_path / "model"))
+    loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert (loaded.encode(sentences[:8]) == model.encode(sentences[:8])).all()
+
+
 def test_the_saved_student_is_a_stock_model(student, sentences, tmp_path):
     student.save_pretrained(str(tmp_path / "model"))
     loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
