@@ -10,7 +10,7 @@ from typing import Any
 
 from st_kdmcse.experiments.document import Block, Bullets, DataTable, Heading, Paragraph, to_markdown
 from st_kdmcse.experiments.evidence import PRIMARY, ArmScores, Evidence, Outcome
-from st_kdmcse.experiments.report import cell, p_cell, plain_setting
+from st_kdmcse.experiments.report import cell, p_cell, plain_setting, setting_text
 from st_kdmcse.experiments.runs import Run, differing_settings
 from st_kdmcse.experiments.statistics import PairedDifference, summarize
 from st_kdmcse.files import atomic_file, write_json
@@ -85,8 +85,8 @@ def _contrasts(evidence: Evidence) -> Iterator[Block]:
         yield Paragraph("No contrast has both of its arms.")
         return
     yield Paragraph(
-        f"Paired t-tests over seeds of the {PRIMARY}, two-sided; in brackets is p after Holm's correction for "
-        f"{len(evidence.tested)} contrasts, which the words follow at 0.05."
+        f"Paired t-tests over seeds of the {PRIMARY}, two-sided; in brackets is p after Holm's correction for the "
+        f"contrasts of this table ({len(evidence.tested)}), which the words follow at 0.05."
     )
     titles = {arm.name: arm.arm.title for arm in evidence.arms}
     rows = []
@@ -149,7 +149,7 @@ def _settings(evidence: Evidence) -> Iterator[Block]:
     )
     yield Paragraph("The same for all:")
     shared = [name for name in runs[0].settings if name not in differing]
-    yield Bullets([f"{name.replace('_', ' ')}: {plain_setting(name, runs[0].settings[name])}" for name in shared])
+    yield Bullets([f"{name.replace('_', ' ')}: {setting_text(runs[0], name)}" for name in shared])
     excluded = runs[0].summary.get("excluded")
     if excluded:
         yield Paragraph(f"Left out were {excluded['images']} images with {excluded['captions']} captions.")

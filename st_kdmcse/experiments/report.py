@@ -229,12 +229,12 @@ def _provenance(comparison: Comparison) -> Iterator[Block]:
     differing = [name for name in differing_settings(runs) if name != "method"]
     yield Paragraph("The same for all:")
     shared = [name for name in names if name not in ("method", *differing)]
-    yield Bullets([f"{name.replace('_', ' ')}: {_setting(runs[0], name)}" for name in shared])
+    yield Bullets([f"{name.replace('_', ' ')}: {setting_text(runs[0], name)}" for name in shared])
     if differing:
         yield DataTable(
             ["method", *(name.replace("_", " ") for name in differing)],
             [
-                [row.group.label, *(_setting(run, name) for name in differing)]
+                [row.group.label, *(setting_text(run, name) for name in differing)]
                 for row, run in zip(comparison.rows, runs, strict=True)
             ],
             text=True,
@@ -373,7 +373,8 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
     return {str(folder.relative_to(root)): run for folder, run in zip(folders, runs, strict=True)}
 
 
-def _setting(run: Run, name: str) -> str:
+def setting_text(run: Run, name: str) -> str:
+    """A setting of a run as text."""
     value = plain_setting(name, run.setting(name))
     if value is None:
         return "default" if name in run.settings else _DASH
