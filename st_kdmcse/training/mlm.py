@@ -131,7 +131,7 @@ def make_raw_student(options: MaskingOptions) -> dict[str, Any]:
     with _quietly():
         network = AutoModelForMaskedLM.from_pretrained(checkpoint if is_over else options.model).float()
     stop = StopOnSignal()
-    trainer = Trainer(
+    trainer = _MaskedTrainer(
         network,
         _arguments(options, bf16),
         _Masking(tokenizer, mlm_probability=options.masked),
@@ -160,6 +160,20 @@ def make_raw_student(options: MaskingOptions) -> dict[str, Any]:
     write_json(options.output_dir / SUMMARY_NAME, summary)
     shutil.rmtree(options.output_dir / CHECKPOINTS_NAME, ignore_errors=True)
     return summary
+
+
+class _MaskedTrainer(Trainer):
+    """The stock trainer, which compares masked tokens alone with the vocabulary: six of seven have no label."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        labels = inputs["labels"]
+        predicted = labels != -100
+        vocabulary = self.model.get_output_embeddings()
+        hook = vocabulary.register_forward_pre_hook(lambda _, hidden: (hidden[0][predicted],))
+        try:
+            return super().compute_loss(model, {**inputs, "labels": labels[predicted]}, *args, **kwargs)
+        finally:
+            hook.remove()
 
 
 class _Masking(DataCollatorForLanguageModeling):

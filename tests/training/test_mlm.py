@@ -10,9 +10,10 @@ from file_events import at_path, interrupt
 from helpers import load_command
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import BertTokenizerFast
+from transformers import AutoModelForMaskedLM, BertTokenizerFast, Trainer, TrainingArguments
 
 from st_kdmcse import build_student
+from st_kdmcse.training.mlm import _MaskedTrainer, _Masking
 
 
 @pytest.fixture
@@ -52,6 +53,22 @@ def test_it_learns_to_predict_and_is_a_stock_model(make, tiny_bert, tmp_path, se
     assert abs(model.encode(sentences[:4]) - before.encode(sentences[:4])).max() > 0.01
     again = build_student(str(tmp_path / "raw")).to("cpu")
     assert (again.encode(sentences[:4]) == model.encode(sentences[:4])).all()
+
+
+def test_the_loss_is_that_of_the_stock_trainer(tiny_bert, tmp_path, sentences):
+    network = AutoModelForMaskedLM.from_pretrained(tiny_bert).double().eval()
+    tokenizer = BertTokenizerFast.from_pretrained(tiny_bert)
+    tokens = [tokenizer(sentence) for sentence in sentences[:16]]
+    batch = dict(_Masking(tokenizer, mlm_probability=0.3)(tokens))
+    losses, gradients = [], []
+    for kind in (Trainer, _MaskedTrainer):
+        network.zero_grad()
+        trainer = kind(network, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+        losses.append(trainer.compute_loss(network, dict(batch)))
+        losses[-1].backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_seeds_decide_everything(make, tmp_path):
