@@ -15,7 +15,7 @@ from st_kdmcse.experiments.evidence_report import write_evidence
 from st_kdmcse.experiments.grid import arm_grid, run_grid, shared_features
 from st_kdmcse.experiments.runs import read_run
 
-_SET_BY_THE_ARMS = {"recipe", "head_learning_rate"}
+_SET_BY_THE_ARMS = {"recipe", "head_learning_rate", "head_init"}
 _NOT_HERE = {
     "epochs",
     "max_steps",

@@ -15,6 +15,7 @@ from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Threshold, Weight
 from st_kdmcse.extraction import ExtractionOptions
+from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
 from st_kdmcse.training.presets import PRESETS, DatasetPreset
@@ -173,6 +174,13 @@ def training_options(command: Command, output_dir: Path) -> Command:
             click.option("--lr", type=float, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
             click.option(
                 "--head-lr", "head_learning_rate", type=float, help="Peak learning rate of the heads.  [that of --lr]"
+            ),
+            click.option(
+                "--head-init",
+                type=click.Choice(get_args(HeadInit)),
+                default=default.head_init,
+                show_default=True,
+                help="Initial heads; ridge aligns them with the untrained student.",
             ),
             click.option(
                 "--pooling",

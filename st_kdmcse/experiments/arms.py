@@ -47,6 +47,7 @@ ARMS: dict[str, Arm] = {
     "mcse": Arm("MCSE, heads that learn", "mcse", _WEIGHT, _LEARNING),
     "kdmcse-paper": Arm("KDMCSE as printed", "kdmcse"),
     "kdmcse": Arm("KDMCSE, heads that learn", "kdmcse", _WEIGHT, _LEARNING),
+    "kdmcse-ridge": Arm("KDMCSE, heads aligned and learning", "kdmcse", _WEIGHT, {**_LEARNING, "head_init": "ridge"}),
     "kdmcse-permuted": Arm(
         "KDMCSE, heads that learn, pictures permuted", "kdmcse", _WEIGHT, {**_LEARNING, "permute_images": True}
     ),

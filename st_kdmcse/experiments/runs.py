@@ -48,6 +48,7 @@ _SHARED_OPTIONS = (
     "pooling",
     "permute_images",
     "head_learning_rate",
+    "head_init",
     "eval_steps",
     "gather_across_devices",
 )

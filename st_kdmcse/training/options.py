@@ -14,6 +14,7 @@ from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import cpu_only, device_type
+from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
 from st_kdmcse.training.student import PoolingMode
@@ -55,6 +56,8 @@ class TrainingOptions:
         max_seq_length: longest sentence in tokens; longer ones are cut off.
         pair_every: steps from one pair batch to the next; None computes it from the sizes.
         captions_per_image: draw that many captions of each image; None takes all.
+        head_init: "random", or "ridge" for heads that start aligned with the untrained student, see
+            :func:`~st_kdmcse.training.head_init.align_heads`.
         captions_per_image_in_batch: draw that many captions of each image for a pair batch; None draws captions one by
             one.
         seed: seed of initialisation, data order and dropout.
@@ -98,6 +101,7 @@ class TrainingOptions:
     pair_every: int | None = None
     captions_per_image: int | None = None
     captions_per_image_in_batch: int | None = None
+    head_init: HeadInit = "random"
     seed: int = 42
     eval_steps: int = 125
     save_steps: int = 1000
@@ -133,8 +137,11 @@ class TrainingOptions:
             raise ValueError("there is nothing to train on: give `text`, `features`, or both")
         if self.exclude_images is not None and not self.has_features:
             raise ValueError("`exclude_images` names images of `features`: give both, or none")
-        if self.pooling not in get_args(PoolingMode):
-            raise ValueError(f"`pooling` must be one of {', '.join(get_args(PoolingMode))}, got {self.pooling!r}")
+        for name, allowed in (("pooling", get_args(PoolingMode)), ("head_init", get_args(HeadInit))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.head_init == "ridge" and not METHODS[self.method].needs_features:
+            raise ValueError(f"method {self.method} has no heads that `head_init` could align: leave it out")
         if self.bf16 and not bfloat16_is_faster(device_type()):
             raise ValueError(f"`bf16`: {no_bfloat16(device_type())}; leave it out")
         if self.compile not in (None, *COMPILE_MODES):

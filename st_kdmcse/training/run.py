@@ -16,9 +16,11 @@ from transformers import TrainerState, set_seed
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator, spearman, sts_evaluator
 from st_kdmcse.files import read_json, write_json
 from st_kdmcse.losses.base import TwoViewLoss
+from st_kdmcse.losses.grounded import GroundedLoss
 from st_kdmcse.precision import autocast
 from st_kdmcse.processes import processes
 from st_kdmcse.training.callbacks import METRIC, EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
+from st_kdmcse.training.head_init import align_heads
 from st_kdmcse.training.inputs import TrainingInputs, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
@@ -34,6 +36,7 @@ from st_kdmcse.training.run_folder import (
     latest_checkpoint,
     precision_to_resume,
 )
+from st_kdmcse.training.schedule import pair_rows
 from st_kdmcse.training.student import build_student
 from st_kdmcse.training.summary import BestScores, run_record, training_summary
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
@@ -106,6 +109,8 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         unpad=options.unpad,
         callbacks=[stop, EvaluateAtEnd(), SaveByTime()],
     )
+    if options.head_init == "ridge" and checkpoint is None and state.is_main_process and isinstance(loss, GroundedLoss):
+        align_heads(loss, pair_rows(inputs.sources["pairs"]))  # the other processes get these heads
     best = KeepBest(options.output_dir / CHECKPOINTS_NAME, trainer) if evaluator else None
     if best:
         trainer.add_callback(best)
