@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 from transformers import TrainerCallback
 
-from st_kdmcse.dropout import fast_dropout
 from st_kdmcse.data import FeatureStore
+from st_kdmcse.dropout import fast_dropout
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import HEADS_DIR
