@@ -43,6 +43,9 @@ class KDMCSEConfig:
         temperature: of the two cross-modal terms, > 0.
         text_temperature: of the text loss, > 0.
         text_margin: a fixed margin on the negatives of the text loss, in [0, pi]; 0 is plain SimCSE.
+        text_weight: weight of the text loss, >= 0. With 0 it is left out, for a student that is good already: text
+            batches then need ``retention_weight`` or ``consistency_weight``, and pair batches ``list_weight`` or
+            ``multimodal_weight``.
         image_soft_label: the teacher similarity that sets the margins of the image term.
         text_soft_label: the same for the caption term.
         filter_negatives: remove the negatives that the teacher scores as similar (Eq. 8, 9).
@@ -95,6 +98,7 @@ class KDMCSEConfig:
     temperature: float = _option(0.05, "temperature of the cross-modal terms")
     text_temperature: float = _option(0.05, "temperature of the text loss")
     text_margin: float = _option(0.0, "fixed margin in radians on the negatives of the text loss")
+    text_weight: float = _option(1.0, "weight of the text loss; 0 leaves it out, which needs another term on text")
     image_soft_label: SoftLabel = _option("text-image", "teacher similarity behind the margins of the image term")
     text_soft_label: SoftLabel = _option("text-text", "teacher similarity behind the margins of the caption term")
     filter_negatives: bool = _option(True, "remove the negatives that the teacher scores as similar")
@@ -153,6 +157,7 @@ class KDMCSEConfig:
         ):
             _check(self, name, isinstance(getattr(self, name), bool), "True or False")
         for name in (
+            "text_weight",
             "same_image_weight",
             "list_weight",
             "list_text_weight",
@@ -167,6 +172,12 @@ class KDMCSEConfig:
         _check(self, "filter_slack", _is_number(self.filter_slack), "a number")
         _check_whole(self, "list_length")
         self._check_filter()
+        on_text = self.text_weight + self.consistency_weight + self.retention_weight
+        _check(self, "text_weight", on_text > 0, "above 0 without consistency and retention")
+        auto = self.multimodal_weight == "auto"
+        on_pairs = self.text_weight + self.list_weight + (0 if auto else float(self.multimodal_weight))
+        needed = "above 0 where multimodal_weight is auto, or where it and list_weight are 0"
+        _check(self, "text_weight", self.text_weight > 0 or (on_pairs > 0 and not auto), needed)
         branches = self.list_text_weight + self.list_cross_weight + self.list_image_weight
         _check(self, "list_weight", not self.list_weight or branches > 0, "0 where all three branches have weight 0")
 

@@ -9,7 +9,7 @@ import click
 
 from st_kdmcse.cli.common import cxc_options, friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, finish, grid_options
-from st_kdmcse.experiments.arms import ARMS, CONTRASTS
+from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS
 from st_kdmcse.experiments.evidence import evidence_tasks, gather_evidence
 from st_kdmcse.experiments.evidence_report import write_evidence
 from st_kdmcse.experiments.grid import arm_grid, run_grid, shared_features
@@ -34,7 +34,7 @@ _NOT_HERE = {
 @click.option(
     "--pair-every", type=click.IntRange(2), default=2, show_default=True, help="Steps from one pair batch to the next."
 )
-@click.option("--arms", type=ListType(), help=f"Arms to train.  [{','.join(ARMS)}]")
+@click.option("--arms", type=ListType(), help=f"Arms to train, of {', '.join(ARMS)}.  [{','.join(MAIN_ARMS)}]")
 @grid_options(config=False, without=_SET_BY_THE_ARMS | _NOT_HERE)
 def main(
     root: Path,
@@ -67,7 +67,7 @@ def main(
         if data_dir is None:
             raise click.UsageError("--data-dir is missing: give a SentEval folder")
         tasks = evidence_tasks(data_dir, cxc, coco_captions)
-        chosen = {name: ARMS[name] for name in arms or ARMS}
+        chosen = {name: ARMS[name] for name in arms or MAIN_ARMS}
         arguments["features"] = shared_features(root, arguments["features"])
         grid = arm_grid(root, chosen, seeds, eval_steps=0, **arguments)
         result = run_grid(grid, keep_checkpoints, jobs)

@@ -208,7 +208,9 @@ class GroundedLoss(TwoViewLoss):
     def _loss_of_text(self, views: Views, initial_embeddings: Tensor | None) -> LossComponents:
         """The text loss, and with consistency and retention their terms."""
         config, offset = self.config, self.offset(views[0])
-        loss = super().compute_loss_from_embeddings(views)
+        loss = LossComponents({})
+        if config.text_weight:
+            loss["text"] = config.text_weight * super().compute_loss_from_embeddings(views)["text"]
         if config.consistency_weight:
             rows, others = self._lists_of(views)
             (term,) = self.over_anchors(partial(consistency_term, config, others), rows, offset)
@@ -230,11 +232,11 @@ class GroundedLoss(TwoViewLoss):
         config, offset = self.config, self.offset(views[0])
         candidates = {name: self.gather(values) for name, values in rows.items()}
         teacher = TeacherScores(config, candidates, self._statistics_for(candidates))
-        anchors, others, _ = self.project_text(views)
-        text_term = partial(self._text_term, teacher, others)
-        terms = {"text": self.over_anchors(text_term, {**rows, "anchors": anchors}, offset)}
-        weights = {"text": 1.0}
-        metrics = {}
+        terms, weights, metrics = {}, {"text": config.text_weight}, {}
+        if config.text_weight:
+            anchors, others, _ = self.project_text(views)
+            text_term = partial(self._text_term, teacher, others)
+            terms["text"] = self.over_anchors(text_term, {**rows, "anchors": anchors}, offset)
         if config.multimodal_weight != 0:
             given = rows | {name: self.heads["grounding"](view) for name, view in zip(VIEWS, views, strict=True)}
             for modality in self.modalities:

@@ -16,7 +16,7 @@ from st_kdmcse import FeatureStore
 from st_kdmcse.data import STSPairs, STSTask, load_sts_tasks
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
-from st_kdmcse.experiments.arms import ARMS, CONTRASTS, Arm, Contrast
+from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS, Arm, Contrast
 from st_kdmcse.experiments.evidence import PRIMARY, Outcome, caption_pairs, evidence_tasks, measures
 from st_kdmcse.experiments.grid import arm_grid
 from st_kdmcse.experiments.statistics import PairedDifference, holm, paired_difference
@@ -53,7 +53,7 @@ def command(data, tiny_bert, tmp_path):
             "data-dir": data,
             "cxc": data / "cxc.csv",
             "coco-captions": data / "captions.json",
-            "arms": "simcse,mcse,kdmcse-permuted",
+            "arms": "simcse,mcse,recipe-permuted",
             "seeds": 2,
             "max-steps": 4,
             "batch-size": 8,
@@ -70,10 +70,10 @@ def test_one_command_trains_scores_and_tests(command, data, tmp_path):
     result = CliRunner().invoke(load_command(COMMAND), command())
     assert result.exit_code == 0, result.output
     report = json.loads((root / "report/report.json").read_text())
-    assert [arm["name"] for arm in report["arms"]] == ["simcse", "mcse", "kdmcse-permuted"]
+    assert [arm["name"] for arm in report["arms"]] == ["simcse", "mcse", "recipe-permuted"]
     assert [(each["first"], each["second"]) for each in report["contrasts"]] == [
         ("mcse", "simcse"),
-        ("simcse", "kdmcse-permuted"),
+        ("simcse", "recipe-permuted"),
     ]
     tasks = ["STS12", "STS-B", "SICK-R", "CxC"]
     assert list(report["before"]) == [PRIMARY, "captions", "general", *tasks]
@@ -92,7 +92,7 @@ def test_one_command_trains_scores_and_tests(command, data, tmp_path):
     assert len(summaries) == 6
     assert all(summary["excluded"] == {"images": 1, "captions": 3} for summary in summaries)
     text = (root / "report/report.md").read_text()
-    for part in ("| before training | – |", "seed 1", "MCSE, heads that learn − SimCSE", "Left out were 1 images"):
+    for part in ("| before training | – |", "seed 1", "MCSE − SimCSE", "Left out were 1 images"):
         assert part in text
 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("seed-*/*") if path.is_file()}
@@ -106,7 +106,8 @@ def test_arms_of_a_seed_see_the_same_batches(data, tiny_bert, tmp_path, monkeypa
     from st_kdmcse.training.run import train
 
     shared = {"model": str(tiny_bert), "text": data / "text.txt", "features": data / "features"}
-    grid = arm_grid(tmp_path, ARMS, [1], **shared, max_steps=6, batch_size=8, pair_every=2, eval_steps=0)
+    arms = {name: ARMS[name] for name in ("simcse", "mcse", "kdmcse", "lists", "kdmcse-permuted")}
+    grid = arm_grid(tmp_path, arms, [1], **shared, max_steps=6, batch_size=8, pair_every=2, eval_steps=0)
     forward = TwoViewLoss.forward
     seen = []
     for options in grid:
@@ -137,8 +138,10 @@ def test_the_permuted_arm_reads_other_pictures(data, tiny_bert, tmp_path):
     assert stores[0].checksum == stores[1].checksum
 
 
-def test_contrasts_name_arms():
-    assert {name for contrast in CONTRASTS for name in contrast[:2]} <= ARMS.keys()
+def test_contrasts_name_main_arms_and_every_arm_has_a_config():
+    assert {name for contrast in CONTRASTS for name in contrast[:2]} <= set(MAIN_ARMS) <= ARMS.keys()
+    for options in arm_grid(Path("runs"), ARMS, [1], model="m", features=Path("f")):
+        options.loss_config()
 
 
 def test_parts_by_hand():
@@ -192,7 +195,7 @@ def test_the_outcome_in_words(mean, p, expected, reading):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": "simcse,kdmsce"}, "there is no arm kdmsce: choose from simcse, mcse"),
+        ({"arms": "simcse,kdmsce"}, "there is no arm kdmsce: choose from simcse, simcse-remove"),
         ({"data-dir": None}, "--data-dir is missing"),
         ({"coco-captions": None}, "--cxc and --coco-captions go together"),
         ({"cxc": "nowhere.csv"}, "nowhere.csv does not exist"),

@@ -497,3 +497,30 @@ def test_the_student_itself_is_trained_as_before(tiny_bert, store, sentences):
         student.train()
         results.append(loss([student.preprocess(sentences[:8])], None)["text"])
     assert torch.equal(*results)
+
+
+def test_the_text_loss_has_a_weight(student, store):
+    set_seed(0)
+    plain = make(student, store, list_weight=1, consistency_weight=1)
+    views, given = views_of(), features_of(store)
+    for weight in (0.5, 0.0):
+        set_seed(0)
+        loss = make(student, store, list_weight=1, consistency_weight=1, text_weight=weight)
+        for batch in (given, {}):
+            terms, expected = (each.compute_loss_from_embeddings(views, **batch) for each in (loss, plain))
+            assert terms.keys() == expected.keys() - ({"text"} if not weight else set())
+            for name, term in terms.items():
+                torch.testing.assert_close(term, expected[name] * (weight if name == "text" else 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"text_weight": 0},
+        {"text_weight": 0, "retention_weight": 1, "multimodal_weight": 0},
+        {"text_weight": 0, "retention_weight": 1, "multimodal_weight": "auto"},
+    ],
+)
+def test_without_the_text_loss_each_kind_of_batch_needs_a_term(options):
+    with pytest.raises(ValueError, match="text_weight must be above 0"):
+        KDMCSEConfig(**options)
