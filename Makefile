@@ -8,6 +8,9 @@ BIN = $(VENV)/bin
 DATA = $(or $(ST_KDMCSE_DATA),$(error set ST_KDMCSE_DATA to the folder of the data))
 REAL_DATA = --text $(DATA)/wiki/wiki_sentences.txt --features $(DATA)/flickr8k_features --eval-data $(DATA)/senteval
 
+# One process a core; two to four gain, each takes up to 2 GiB.
+PYTEST = -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 LOWEST ?= .venv-lowest
 # Not the server, Milvus, the commands and the demo: they stand on these.
 CORE = tests/losses tests/training tests/data tests/teachers tests/extraction tests/evaluation \
@@ -19,10 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python training/train_flickr.py --demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-lowest: $(LOWEST)/.dev
-	$(LOWEST)/bin/python -m pytest $(CORE)
+	$(LOWEST)/bin/python $(PYTEST) $(CORE)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The options of the method, and the two recipes as values of them."""
+"""The options of the method, and the three recipes as values of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ SoftLabel = Literal["text-text", "text-image", "image-text", "image-image"]
 
 SCORE_KINDS = ("text-text", "cross", "image-image", "text-image")
 """The kinds of teacher scores that have statistics, in order; "cross" is the mean of text-image and image-text."""
+
+Recipe = Literal["paper", "released", "grounded"]
+"""The constructors of :class:`KDMCSEConfig` by name."""
 
 Threshold = float | Literal["auto"] | None
 """A score, None for no threshold, or "auto" to read it off the feature store."""
@@ -35,7 +38,7 @@ class KDMCSEConfig:
     The defaults are the paper's (:meth:`paper`); :meth:`released` gives the choices of the authors' code. The ablations
     of the paper are values: ``margin=0`` is "without AdapACSE", ``filter_negatives=False`` "without threshold
     filtering", ``multimodal_weight=0`` SimCSE. Lists, calibration, ``same_image``, consistency and retention go beyond
-    the paper; both recipes are without.
+    the paper; both recipes are without. :meth:`grounded` has lists and soft positives.
 
     Args:
         margin: m of AdapACSE in radians, in [0, pi] (Eq. 12).
@@ -200,6 +203,15 @@ class KDMCSEConfig:
         """The method as the authors' released code computes it."""
         return cls(**(_RELEASED | overrides))
 
+    @classmethod
+    def grounded(cls, **overrides: Any) -> KDMCSEConfig:
+        """The method with more of the teacher: its lists on the sentence embeddings, and captions of one image alike.
+
+        It is meant for heads with a learning rate of 1e-3 and batches of two captions an image
+        (``head_learning_rate``, ``captions_per_image_in_batch`` of :class:`~st_kdmcse.KDMCSETrainer`).
+        """
+        return cls(**(_GROUNDED | overrides))
+
 
 _RELEASED: dict[str, Any] = {
     "margin": 0.15,
@@ -212,6 +224,9 @@ _RELEASED: dict[str, Any] = {
     "view_reduction": "mean",
     "modality_reduction": "sum",
 }
+
+
+_GROUNDED: dict[str, Any] = {"multimodal_weight": 0.1, "list_weight": 1.0, "same_image": "positive"}
 
 
 @dataclass(frozen=True)

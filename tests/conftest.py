@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: no test reac
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="st-kdmcse-tests-")  # nor leaves anything in the user's cache
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a core
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Tests send Ctrl-C to themselves and to their processes; a shell starts background jobs with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

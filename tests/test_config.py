@@ -23,7 +23,17 @@ def test_the_released_recipe_differs_where_the_code_does():
     assert (released.filter_score, released.filter_inclusive) == ("dot", False)
 
 
+def test_the_grounded_recipe_goes_beyond_the_paper():
+    grounded = KDMCSEConfig.grounded()
+    assert (grounded.multimodal_weight, grounded.list_weight, grounded.same_image) == (0.1, 1.0, "positive")
+    assert (
+        dataclasses.replace(grounded, multimodal_weight=0.01, list_weight=0.0, same_image="negative")
+        == KDMCSEConfig.paper()
+    )
+
+
 def test_overrides_win_over_the_recipe():
+    assert KDMCSEConfig.grounded(list_weight=0.5).list_weight == 0.5
     assert KDMCSEConfig.released(margin=0, multimodal_weight=0.05).margin == 0
     assert KDMCSEConfig.released(multimodal_weight=0.05).multimodal_weight == 0.05
 

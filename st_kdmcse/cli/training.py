@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
-from st_kdmcse.config import KDMCSEConfig, Threshold, Weight
+from st_kdmcse.config import KDMCSEConfig, Recipe, Threshold, Weight
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
@@ -104,7 +104,7 @@ def config_options(command: Command) -> Command:
             kind = _TYPES[kind]
         elif get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
-        text = f"{_sentence(option.metadata['help'])}  [paper: {option.default}; released: {_released(option.name)}]"
+        text = f"{_sentence(option.metadata['help'])}  [{_by_recipe(option.name)}]"
         command = click.option(flag, option.name, type=kind, default=None, help=text)(command)
     return _threshold_option(command)
 
@@ -154,7 +154,13 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 type=path,
                 help="Images of --features to leave out: an id a line, or a .csv with a column image.",
             ),
-            click.option("--recipe", type=click.Choice(["paper", "released"]), default="paper", show_default=True),
+            click.option(
+                "--recipe",
+                type=click.Choice(get_args(Recipe)),
+                default="paper",
+                show_default=True,
+                help="Choices of the paper, of its released code, or with lists and soft positives beyond both.",
+            ),
             click.option("--method", type=click.Choice(list(METHODS)), default="kdmcse", show_default=True),
             click.option(
                 "--eval-data",
@@ -303,5 +309,9 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _released(name: str) -> object:
-    return getattr(KDMCSEConfig.released(), name)
+def _by_recipe(name: str) -> str:
+    """The default of an option in each recipe; "grounded" only where it is not the paper's."""
+    values = {recipe: getattr(getattr(KDMCSEConfig, recipe)(), name) for recipe in get_args(Recipe)}
+    if values["grounded"] == values["paper"]:
+        del values["grounded"]
+    return "; ".join(f"{recipe}: {value}" for recipe, value in values.items())

@@ -50,7 +50,7 @@ _CROSS_LISTS = {"list_weight": 1.0, "list_text_weight": 0.0, "list_image_weight"
 _QUANTILES = {"margin": 0.25, "soft_label_calibration": "quantile"}
 _ONE_PERCENT = {"filter_calibration": "quantile", "image_threshold": 0.99, "text_threshold": 0.99}
 _SOFT = {"same_image": "positive"}
-_RECIPE = {**_LAMBDA, **_LISTS, **_SOFT}
+_RECIPE = {"recipe": "grounded"}
 _GENTLE = {"lr": 1e-5, "pair_every": 4}
 _RETAIN = {"text_weight": 0.0, "retention_weight": 1.0}
 
@@ -84,8 +84,8 @@ ARMS: dict[str, Arm] = {
     "lists-mle": Arm(
         "SimCSE + fused lists, ListMLE", "kdmcse", {**_TEXT_ALONE, **_LISTS, "list_loss": "listmle"}, _HEADS
     ),
-    "recipe": Arm("KDMCSE + fused lists + soft positives", "kdmcse", _RECIPE, _TWO_CAPTIONS),
-    "recipe-permuted": Arm("the same, pictures permuted", "kdmcse", _RECIPE, {**_TWO_CAPTIONS, **_PERMUTED}),
+    "recipe": Arm("KDMCSE + fused lists + soft positives", "kdmcse", {}, _RECIPE),
+    "recipe-permuted": Arm("the same, pictures permuted", "kdmcse", {}, {**_RECIPE, **_PERMUTED}),
     "gentle": Arm("fused lists, retention, no text loss", "kdmcse", {**_TEXT_ALONE, **_LISTS, **_RETAIN}, _GENTLE),
 }
 """The arms by name. All train on the captions as text too, in one order for each seed; those with soft positives draw

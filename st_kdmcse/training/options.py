@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from st_kdmcse.config import KDMCSEConfig
+from st_kdmcse.config import KDMCSEConfig, Recipe
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import cpu_only, device_type
@@ -22,6 +22,10 @@ from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, check_compilation
 
 COMPILE_MODES = ("default", *CUDA_GRAPH_MODES)
 """Modes of ``torch.compile`` that training offers."""
+
+_TRAINING_OF_RECIPE: dict[str, dict[str, Any]] = {
+    "grounded": {"head_learning_rate": 1e-3, "captions_per_image_in_batch": 2}
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class TrainingOptions:
             a column ``image``.
         permute_images: give the captions of each image the features of another one, drawn by ``seed``: a control, for
             experiments.
-        recipe: the paper's choices or those of its released code.
+        recipe: the paper's choices, those of its released code, or "grounded", which goes beyond them. It also sets
+            ``head_learning_rate`` to 1e-3 and ``captions_per_image_in_batch`` to 2, where they are None.
         method: a name of :data:`~st_kdmcse.training.methods.METHODS`.
         config: options of :class:`~st_kdmcse.KDMCSEConfig` that differ from the recipe.
         eval_data: SentEval directory, or a dataset with STS-B's columns (hub name or folder).
@@ -85,7 +90,7 @@ class TrainingOptions:
     extraction: ExtractionOptions | None = None
     exclude_images: Path | None = None
     permute_images: bool = False
-    recipe: Literal["paper", "released"] = "paper"
+    recipe: Recipe = "paper"
     method: str = "kdmcse"
     config: Mapping[str, Any] = field(default_factory=dict)
     eval_data: str = "sentence-transformers/stsb"
@@ -114,6 +119,9 @@ class TrainingOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name, default in _TRAINING_OF_RECIPE.get(self.recipe, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         positive = ("epochs", "max_steps", "batch_size", "lr", "head_learning_rate", "captions_per_image", "save_steps")
@@ -137,7 +145,8 @@ class TrainingOptions:
             raise ValueError("there is nothing to train on: give `text`, `features`, or both")
         if self.exclude_images is not None and not self.has_features:
             raise ValueError("`exclude_images` names images of `features`: give both, or none")
-        for name, allowed in (("pooling", get_args(PoolingMode)), ("head_init", get_args(HeadInit))):
+        choices = {"recipe": Recipe, "pooling": PoolingMode, "head_init": HeadInit}
+        for name, allowed in ((name, get_args(kind)) for name, kind in choices.items()):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.head_init == "ridge" and not METHODS[self.method].needs_features:
@@ -157,7 +166,7 @@ class TrainingOptions:
 
     def loss_config(self) -> KDMCSEConfig:
         """The recipe with the overrides of the method and of the user."""
-        recipe = KDMCSEConfig.released if self.recipe == "released" else KDMCSEConfig.paper
+        recipe: Callable[..., KDMCSEConfig] = getattr(KDMCSEConfig, self.recipe)
         return recipe(**{**self.config, **METHODS[self.method].fixed})
 
     def trainer_arguments(self, roberta: bool) -> SentenceTransformerTrainingArguments:

@@ -22,7 +22,9 @@ class DatasetPreset:
     output_dir: Path
     config: Mapping[str, Any] = field(default_factory=dict)
     extraction: Mapping[str, Any] = field(default_factory=dict)
-    teachers: Mapping[str, str] = field(default_factory=lambda: {"paper": "ViT-B-32", "released": "ViT-L-14"})
+    teachers: Mapping[str, str] = field(
+        default_factory=lambda: {"paper": "ViT-B-32", "released": "ViT-L-14", "grounded": "ViT-B-32"}
+    )
 
 
 PRESETS = {
