@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.config import KDMCSEConfig
+from st_kdmcse.config import KDMCSEConfig, Recipe
 from st_kdmcse.data import sha256_file
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.encoding import load_model
@@ -35,7 +35,7 @@ _MODULES = "modules.json"
 _WEIGHTS = "model.safetensors"
 _NOT_LOADED = {SUMMARY_NAME, RUN_NAME, "README.md"}
 _CACHE = "evaluation"
-_DEFAULTS: Mapping[str, KDMCSEConfig] = {"paper": KDMCSEConfig.paper(), "released": KDMCSEConfig.released()}
+_DEFAULTS: Mapping[str, KDMCSEConfig] = {recipe: getattr(KDMCSEConfig, recipe)() for recipe in get_args(Recipe)}
 _SHARED_OPTIONS = (
     "model",
     "recipe",
