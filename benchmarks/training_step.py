@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -29,11 +30,27 @@ from torch import nn
 from tqdm import trange
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from st_kdmcse import KDMCSELoss, build_student
+from st_kdmcse import FeatureStore, KDMCSEConfig, KDMCSELoss, build_student
 from st_kdmcse.processes import memory_mib
 
 Step = Callable[[], None]
 TEACHER_DIM = 512
+IMAGES, CAPTIONS = 400, 5
+PLAIN: dict[str, dict[str, Any]] = {"text": {}, "pair": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text, consistency": {"consistency_weight": 1.0},
+    "text, retention": {"retention_weight": 1.0},
+    "pair, lists": {"list_weight": 1.0},
+    "pair, lists by ListMLE": {"list_weight": 1.0, "list_loss": "listmle"},
+    "pair, soft positives": {"same_image": "positive"},
+    "pair, quantile margins and filter": {
+        "soft_label_calibration": "quantile",
+        "filter_calibration": "quantile",
+        "image_threshold": 0.99,
+        "text_threshold": 0.99,
+    },
+    "pair, grounded": {"multimodal_weight": 0.1, "list_weight": 1.0, "same_image": "positive"},
+}
 
 
 @click.command()
@@ -43,6 +60,7 @@ TEACHER_DIM = 512
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--words", default=24, show_default=True, help="Words a sentence, of random length up to this.")
 @click.option("--rounds", default=30, show_default=True)
+@click.option("--options", is_flag=True, help="Compare steps with options beyond the paper, too.")
 @click.option("--device", help="cuda or cpu; by default cuda where there is one.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the result.")
 def main(
@@ -52,6 +70,7 @@ def main(
     batch_size: int,
     words: int,
     rounds: int,
+    options: bool,
     device: str | None,
     output: Path | None,
 ) -> None:
@@ -59,12 +78,12 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     batches = [random_sentences(batch_size, words, seed) for seed in range(rounds + 2)]
     student = make_student(model, layers, hidden, device)
-    steps = {name: make_step(name, student, batches) for name in ("stock", "text", "pair")}
+    steps = {name: make_step(name, student, batches) for name in ("stock", *PLAIN, *(OPTIONS if options else ()))}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     memory = dict.fromkeys(steps, 0)
     for turn in trange(rounds + 2, desc="rounds", unit="round"):
         names = list(steps)
-        for name in names[turn % 3 :] + names[: turn % 3]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             taken, peak = measure(steps[name], device)
             if turn >= 2:  # the first two warm up
                 seconds[name].append(taken)
@@ -91,8 +110,10 @@ def make_student(model: str | None, layers: int, hidden: int, device: str) -> Se
 
 
 def make_step(name: str, student: SentenceTransformer, batches: list[list[str]]) -> Step:
-    """A step by name: stock, text or pair."""
-    return stock_step(student, batches) if name == "stock" else kdmcse_step(student, batches, pairs=name == "pair")
+    """A step by name: stock, or of :data:`PLAIN` or :data:`OPTIONS`."""
+    if name == "stock":
+        return stock_step(student, batches)
+    return kdmcse_step(student, batches, name.startswith("pair"), KDMCSEConfig(**(PLAIN | OPTIONS)[name]))
 
 
 def process_peak(name: str, model: str | None, layers: int, hidden: int, batches: list[list[str]]) -> int:
@@ -122,16 +143,28 @@ def stock_step(student: SentenceTransformer, batches: list[list[str]]) -> Step:
     return training_step(loss, batches, lambda sentences: ([student.preprocess(sentences) for _ in range(2)], None))
 
 
-def kdmcse_step(student: SentenceTransformer, batches: list[list[str]], pairs: bool) -> Step:
-    """A step of KDMCSELoss on sentences alone, or on captions with teacher features by value."""
-    loss = KDMCSELoss(student, teacher_dim=TEACHER_DIM).to(student.device)
+def kdmcse_step(student: SentenceTransformer, batches: list[list[str]], pairs: bool, config: KDMCSEConfig) -> Step:
+    """A step of KDMCSELoss on sentences alone, or on captions with rows of a feature store."""
+    with tempfile.TemporaryDirectory() as folder:
+        loss = KDMCSELoss(student, config, features=random_store(Path(folder) / "features")).to(student.device)
     generator = torch.Generator().manual_seed(1)
 
     def prepare(sentences: list[str]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        labels = torch.randn(len(sentences), 2 * TEACHER_DIM, generator=generator) if pairs else None
-        return [student.preprocess(sentences)], labels
+        rows = torch.randint(IMAGES * CAPTIONS, (len(sentences), 1), generator=generator)
+        return [student.preprocess(sentences)], rows if pairs else None
 
     return training_step(loss, batches, prepare)
+
+
+def random_store(path: Path) -> FeatureStore:
+    """Features of random images, and of captions that lie near their image."""
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(IMAGES, TEACHER_DIM)).astype(np.float32)
+    rows = np.repeat(np.arange(IMAGES), CAPTIONS)
+    texts = images[rows] + generator.normal(size=(len(rows), TEACHER_DIM)).astype(np.float32)
+    names = [f"{image}.jpg" for image in range(IMAGES)]
+    captions = [f"caption {row}" for row in range(len(rows))]
+    return FeatureStore.from_arrays(path, images, texts, captions, rows, names, teacher="random")
 
 
 def training_step(loss: nn.Module, batches: list[list[str]], prepare: Callable[[list[str]], Any]) -> Step:
@@ -164,8 +197,8 @@ def report(
 ) -> dict[str, Any]:
     """Medians, and the median over the rounds of each ratio to the stock step."""
 
-    def ratios(name: str) -> dict[str, float]:
-        each = [mine / stock for mine, stock in zip(seconds[name], seconds["stock"], strict=True)]
+    def ratios(name: str, base: str = "stock") -> dict[str, float]:
+        each = [mine / other for mine, other in zip(seconds[name], seconds[base], strict=True)]
         low, _, high = statistics.quantiles(each, n=4)
         return {"median": round(statistics.median(each), 4), "quartiles": [round(low, 4), round(high, 4)]}  # type: ignore[dict-item]
 
@@ -176,9 +209,13 @@ def report(
         "words": words,
         "rounds": len(seconds["stock"]),
         "median_ms": {name: round(1000 * statistics.median(values), 2) for name, values in seconds.items()},
-        "time_ratio_to_stock": {name: ratios(name) for name in ("text", "pair")},
+        "time_ratio_to_stock": {name: ratios(name) for name in PLAIN},
+        "time_ratio_to_plain": {name: ratios(name, name.split(",")[0]) for name in OPTIONS if name in seconds},
         "peak_mib": {name: round(value / 2**20, 1) for name, value in memory.items()},
-        "peak_ratio_to_stock": {name: round(memory[name] / memory["stock"], 3) for name in ("text", "pair")},
+        "peak_ratio_to_stock": {name: round(memory[name] / memory["stock"], 3) for name in PLAIN},
+        "peak_ratio_to_plain": {
+            name: round(memory[name] / memory[name.split(",")[0]], 3) for name in OPTIONS if name in seconds
+        },
         "device": torch.cuda.get_device_name()
         if device.startswith("cuda")
         else f"CPU, {torch.get_num_threads()} threads",
@@ -192,8 +229,6 @@ def report(
 
 def random_student(layers: int, hidden: int) -> SentenceTransformer:
     """A BERT of the given size with random weights and a vocabulary of numbered words."""
-    import tempfile
-
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = [*special, *(f"w{number}" for number in range(3000))]
     with tempfile.TemporaryDirectory() as folder:
