@@ -4,7 +4,7 @@ They are one module, long as it is, because all rest on the few helpers at its e
 (Nguyen et al., NAACL 2024, arXiv 2403.17486). Every function normalises its rows itself, so that the length of a vector
 never matters, and works in float32 (float64 stays float64), whatever the input and whether or not autocast is on. A
 zero vector has cosine 0 with everything and receives no gradient. All values and gradients are finite for finite
-inputs.
+inputs; NaN in an input is NaN in the result.
 
 Shapes: N anchors, M >= N candidates, dimension d. The candidate of anchor ``i`` is row ``i + positive_offset``; M > N
 and an offset occur where the candidates of several processes are gathered.
@@ -216,6 +216,7 @@ def adap_acse(
         if guard:
             shifted = shifted & (cosine.detach() < math.cos(margin))
         difference = (1 - _widen(teacher_similarity.detach())).abs().clamp(max=_LARGEST_SCORE).to(cosine.dtype)
+        shifted = shifted | difference.isnan()  # which must show in the result
         cosine = _cosine_of_sum(cosine, torch.where(shifted, -margin * difference, 0.0))
     return _softmax_loss(cosine, temperature, positive_offset, keep, targets)
 
@@ -245,7 +246,8 @@ def threshold_filter(
     if threshold is None:
         return torch.ones_like(positive)
     score = _widen(teacher_similarity.detach())
-    return (score < threshold if inclusive else score <= threshold) | positive
+    removed = score >= threshold if inclusive else score > threshold
+    return ~removed | positive  # a pair whose score is NaN stays, and shows in the loss
 
 
 def relative_filter(teacher_similarity: Tensor, slack: float = 0.0, *, positive_offset: int = 0) -> Tensor:
@@ -269,7 +271,7 @@ def relative_filter(teacher_similarity: Tensor, slack: float = 0.0, *, positive_
     positive = positive_mask(teacher_similarity, positive_offset)
     score = _widen(teacher_similarity.detach())
     own = score[:, positive_offset : positive_offset + len(score)].diagonal().unsqueeze(1)
-    return (score <= own - slack) | positive
+    return ~(score > own - slack) | positive
 
 
 def soft_targets(weights: Tensor, *, positive_offset: int = 0) -> Tensor:
@@ -350,7 +352,7 @@ def standardize(scores: Tensor, mean: Tensor | float, std: Tensor | float) -> Te
         std: broadcast to it, >= 0.
     """
     std = torch.as_tensor(std, dtype=scores.dtype, device=scores.device)
-    varies = std > _ZERO_LENGTH[scores.dtype]
+    varies = ~(std <= _ZERO_LENGTH[scores.dtype])
     return torch.where(varies, (scores - mean) / torch.where(varies, std, 1.0), 0.0)
 
 
@@ -377,7 +379,8 @@ def empirical_distribution(scores: Tensor, quantiles: Tensor) -> Tensor:
     step = above.clamp(1, last)
     low, high = quantiles[step - 1], quantiles[step]
     between = torch.where(inside, (scores - low) / torch.where(inside, high - low, 1.0), 0.0)
-    return torch.where(inside, (step - 1 + between) / last, (above > last).to(scores.dtype))
+    found = torch.where(inside, (step - 1 + between) / last, (above > last).to(scores.dtype))
+    return torch.where(scores.isnan(), scores, found)
 
 
 def fuse(scores: Tensor, weights: Tensor, statistics: ScoreStatistics) -> Tensor:
@@ -742,7 +745,7 @@ def _unit(x: Tensor) -> Tensor:
     """Rows of length 1; zero rows stay zero and get no gradient."""
     # Dividing by the largest entry first keeps the squares of very long and very short vectors in range.
     scale = x.detach().abs().amax(dim=-1, keepdim=True)
-    nonzero = scale > _ZERO_LENGTH[x.dtype]
+    nonzero = ~(scale <= _ZERO_LENGTH[x.dtype])  # NaN is not zero: it must show in the result
     x = torch.where(nonzero, x, 0.0) / torch.where(nonzero, scale, 1.0)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(nonzero, length, 1.0)

@@ -60,6 +60,9 @@ class HookedTrainer(SentenceTransformerTrainer):
         """The parameters whose common gradient norm is clipped."""
         return list(model.parameters())
 
+    def gradients_clipped(self, norm: Tensor) -> None:
+        """The gradients of a step were clipped; they had this common norm before."""
+
     def training_batches(self, loader: DataLoader[Any], dataset: DatasetDict) -> DataLoader[Any]:
         """The loader of training batches, made from the stock one."""
         return loader
@@ -89,7 +92,10 @@ class HookedTrainer(SentenceTransformerTrainer):
         return output
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return self.accelerator.clip_grad_norm_(self.parameters_to_clip(model), self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.parameters_to_clip(model), self.args.max_grad_norm)
+        if isinstance(norm, Tensor):
+            self.gradients_clipped(norm)
+        return norm
 
     def _build_dataloader(self, dataset: Dataset | DatasetDict, batch_size: int, dataset_kind: str) -> DataLoader[Any]:
         loader: DataLoader[Any] = super()._build_dataloader(dataset, batch_size, dataset_kind)

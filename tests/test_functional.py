@@ -158,6 +158,27 @@ def test_any_finite_input_gives_finite_values_and_gradients(values, name, dtype)
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [slice(None), (0, 1)], ids=["all", "one entry"])
+def test_nan_shows_in_the_result(name, bad, where):
+    x = torch.eye(4)
+    x[where] = bad
+    assert LOSSES[name](x).isnan() or name == "uniformity of one"
+
+
+def test_nan_in_a_score_shows_in_the_result():
+    x = torch.eye(3)
+    scores = torch.zeros(3, 3)
+    scores[0, 1] = math.nan
+    keep = functional.threshold_filter(scores, 0.8)
+    assert keep.all()
+    assert functional.adap_acse(x, x.roll(1, 0), scores, 0.2, keep=keep).isnan()
+    assert functional.list_distillation(x, x, scores).isnan()
+    assert functional.empirical_distribution(scores, torch.tensor([-1.0, 1.0]))[0, 1].isnan()
+    assert functional.standardize(torch.ones(2), 0.0, math.nan).isnan().all()
+
+
 def test_a_zero_vector_gets_no_gradient_and_disturbs_no_other():
     x = rows(0, N, DIM)
     with torch.no_grad():

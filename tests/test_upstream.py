@@ -35,6 +35,9 @@ class Recorder(HookedTrainer):
         self.reached.append("parameters_to_clip")
         return super().parameters_to_clip(model)
 
+    def gradients_clipped(self, norm):
+        self.reached.append(("gradients_clipped", norm.ndim))
+
     def training_batches(self, loader, dataset):
         self.reached.append("training_batches")
         return super().training_batches(loader, dataset)
@@ -81,6 +84,7 @@ def test_the_trainer_overrides_nothing_else_that_is_private():
     [
         ("around_training", "_inner_training_loop"),
         ("parameters_to_clip", "_clip_grad_norm"),
+        (("gradients_clipped", 0), "_clip_grad_norm"),
         ("training_batches", "_build_dataloader"),
         (("save_extra", True), "_save"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -18,7 +19,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.dropout import fast_dropout
@@ -54,6 +55,7 @@ class KDMCSETrainer(HookedTrainer):
       :func:`~st_kdmcse.unpadded`.
     - **Dropout** on a CPU draws a quarter of the random numbers, see :func:`~st_kdmcse.dropout.dropout`.
     - **The model card** names the teacher and tells how to load the heads.
+    - **Divergence** ends training at the next log, score or checkpoint, with an error that names the step.
     - **Logs** show each term of the loss as a mean over the steps that have it, and how many negatives were removed.
 
     Args:
@@ -113,6 +115,7 @@ class KDMCSETrainer(HookedTrainer):
         self.token_cache = token_cache
         self._log_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._schedule: StepRatioBatchSampler | None = None
+        self._first_bad: Tensor | None = None
         if head_learning_rate is not None:
             args = copy(args)  # the caller may go on with it
         super().__init__(model, args, train_dataset, **kwargs)
@@ -258,10 +261,41 @@ class KDMCSETrainer(HookedTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; averages the heads' gradients between processes, as DDP does with the student's."""
         loss: Tensor = super().training_step(*args, **kwargs)
+        self._note_finite(loss)
         if get_world_size() > 1 and self.accelerator.sync_gradients:
             gradients = [parameter.grad for parameter in self.head_parameters if parameter.grad is not None]
             _for_all(gradients, lambda flat: dist.all_reduce(flat.div_(get_world_size())))
         return loss
+
+    def gradients_clipped(self, norm: Tensor) -> None:
+        """Note whether the norm is finite."""
+        if not self.args.fp16:  # there, gradients beyond the range of float16 are left out and their scale is reduced
+            self._note_finite(norm)
+
+    def _note_finite(self, value: Tensor) -> None:
+        """Remember the first step with a value that is not finite, on the device, which nobody waits for."""
+        bad = torch.where(value.detach().isfinite(), math.inf, float(self.state.global_step + 1))
+        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+
+    def forget_divergence(self) -> None:
+        """Begin with no step that went wrong."""
+        self._first_bad = None
+
+    def check_converged(self) -> None:
+        """Stop a training that has diverged.
+
+        Raises:
+            ValueError: if a loss or gradient norm was not finite since training began; names the first step.
+        """
+        if self._first_bad is None:
+            return
+        if get_world_size() > 1:
+            dist.all_reduce(self._first_bad, op=dist.ReduceOp.MIN)
+        if math.isfinite(step := self._first_bad.item()):
+            raise ValueError(
+                f"training diverged: the loss or a gradient of step {step:.0f} is not finite, and nothing after step "
+                f"{step - 1:.0f} can be used; train again with a smaller `lr`, or look for damaged features"
+            )
 
     def broadcast_heads(self) -> None:
         """Give every process the heads of the first one: each has initialised its own."""
@@ -338,16 +372,23 @@ def check_compilation(mode: str | None, unpad: bool | None, in_parts: bool) -> N
 
 
 class _Prepare(TrainerCallback):
-    """Equal heads at the beginning of training, and the schedule's epoch at that of each epoch."""
+    """Equal heads at the beginning of training, the schedule's epoch at that of each epoch, an end at divergence."""
 
     def __init__(self, trainer: KDMCSETrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.broadcast_heads()
+        self.trainer.forget_divergence()
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.set_schedule_epoch()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # After the other callbacks have decided, and before a score, a log or a checkpoint shows what it cannot be.
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if last or control.should_log or control.should_evaluate or control.should_save:
+            self.trainer.check_converged()
 
 
 def _unchanged(batch: Any) -> Any:

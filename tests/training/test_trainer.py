@@ -1,6 +1,7 @@
 """The trainer: schedule, heads, exact resumption, logs."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from st_kdmcse import (
     SimCSELoss,
     build_student,
 )
+from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES
 
 OF_TRAINER = ("head_learning_rate", "captions_per_image_in_batch")
@@ -379,6 +381,40 @@ def test_no_step_asks_for_the_value_of_a_tensor(tiny_bert, sentences, store, tmp
         counts.append(questions.count)
     assert counts[0] == counts[1]
     assert counts[0] > 0  # the mean loss, at the end
+
+
+class _Diverging(SimCSELoss):
+    """Its value, or its gradient, is no number from the third call on."""
+
+    def __init__(self, model, where):
+        super().__init__(model)
+        self.where, self.calls = where, 0
+
+    def compute_loss_from_embeddings(self, views, **given):
+        self.calls += 1
+        terms = super().compute_loss_from_embeddings(views, **given)
+        if self.calls < 3:
+            return terms
+        if self.where == "loss":
+            return math.nan * terms
+        return LossComponents({"text": terms["text"] + (views[0].sum() * 0).abs().sqrt()})  # 0, of infinite slope
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("asked", [{"logging_steps": 4}, {"save_steps": 4}, {"max_steps": 4}])
+def test_training_that_diverges_ends_with_the_step_and_saves_nothing(tiny_bert, sentences, tmp_path, where, asked):
+    model = build_student(str(tiny_bert)).to("cpu")
+    options = {"max_steps": 8, "logging_steps": 100, "save_steps": 100, **asked}
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, report_to="none", use_cpu=True, **options
+    )
+    loss = _Diverging(model, where)
+    dataset = Dataset.from_dict({"sentence": sentences})
+    trainer = KDMCSETrainer(model, arguments, dataset, loss=loss, token_cache=tmp_path / "tokens")
+    with pytest.raises(ValueError, match=r"training diverged: the loss or a gradient of step 3 is not finite"):
+        trainer.train()
+    assert loss.calls == 4
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 class _Questions(TorchDispatchMode):
