@@ -9,7 +9,7 @@ DATA = $(or $(ST_KDMCSE_DATA),$(error set ST_KDMCSE_DATA to the folder of the da
 REAL_DATA = --text $(DATA)/wiki/wiki_sentences.txt --features $(DATA)/flickr8k_features --eval-data $(DATA)/senteval
 
 # One process a core; two to four gain, each takes up to 2 GiB.
-PYTEST = -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 LOWEST ?= .venv-lowest
 # Not the server, Milvus, the commands and the demo: they stand on these.
