@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import socket
 import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -301,6 +302,19 @@ def test_other_paths_and_methods(client):
     assert error(client.get("/openapi.json"), 404) == "Not Found"
     assert error(client.get("/api/search/", params={"q": "dog"}), 404) == "Not Found"
     assert error(client.post("/api/search"), 405) == "Method Not Allowed"
+
+
+@pytest.mark.parametrize("path", ["/", "/api/info", "/api/search?q=dog"])
+def test_head_is_answered_as_get_is(client, path):
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (200, get.headers["content-type"])
+
+
+def test_answers_are_sent_at_once():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_without_fastapi(index, monkeypatch):
