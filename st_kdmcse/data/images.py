@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -58,13 +60,13 @@ def load_image(source: ImageSource | str) -> Image.Image:
         source: a file, a slice of one, or the encoded bytes.
 
     Returns:
-        The image in its own mode (RGB, L, P, CMYK, ...), every pixel of it read.
+        The image in its own mode (RGB, L, P, CMYK, ...), every pixel of it read; as :func:`in_eight_bits` has it.
 
     Raises:
-        ImageError: if there is no file, it is empty, cut off or no image, or it has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb); names the file.
+        ImageError: if there is no file, it is empty, cut off or no image, its values have no known range, or it has
+            more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb); names the file.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = "the image" if isinstance(source, bytes) else str(source)
     encoded = _read(source, name)
@@ -78,14 +80,37 @@ def load_image(source: ImageSource | str) -> Image.Image:
             raise Image.DecompressionBombError(
                 f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}"
             )
-        image.load()
+        return in_eight_bits(image)
     except Image.DecompressionBombError as error:
         raise ImageError("decompression bomb", f"{name} is too large an image ({error}): scale it down") from error
     except MemoryError:
         raise
     except Exception as error:  # what decoders raise for broken files is not documented, and is almost anything
-        raise ImageError("undecodable image", f"{name} cannot be decoded ({error}): replace it") from error
-    return image
+        # The text of this one shows an address in memory, another one at each call.
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError("undecodable image", f"{name} cannot be decoded ({reason}): replace it") from error
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """The image with at most 8 bits a channel: conversion to RGB cuts the values of others off at 255.
+
+    Args:
+        image: in any mode. Those with 16 bits, from 0 to 65,535, are scaled; others are returned as they are.
+
+    Returns:
+        The image, every pixel of it read.
+
+    Raises:
+        ValueError: for a mode with 32 bits, whose values may be of any range.
+    """
+    from PIL import Image
+
+    image.load()
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has 32 bits a channel, of unknown range: save it with 8 or 16")
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
 
 
 def _read(source: ImageSource | str, name: str) -> bytes:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from st_kdmcse.data.images import FileSlice, ImageError, ImageSource, load_image
+from st_kdmcse.data.images import FileSlice, ImageError, ImageSource, in_eight_bits, load_image
 from st_kdmcse.files import progress_bar
 from st_kdmcse.precision import autocast, bfloat16_is_faster, no_bfloat16
 
@@ -242,7 +242,7 @@ def load_pixels(image: TeacherImage, preprocess: Preprocess) -> torch.Tensor:
             "decompression bomb", f"{name} is too long and thin ({loaded.width} x {loaded.height}): cut it"
         )
     try:
-        return preprocess(loaded)  # PIL opens files lazily: one that the caller opened is read here
+        return preprocess(in_eight_bits(loaded))  # a file that the caller opened is read here
     except MemoryError:
         raise
     except Exception as error:  # what decoders raise for broken files is not documented, and is almost anything

@@ -11,8 +11,7 @@ from st_kdmcse.data.images import FileSlice, ImageError, load_image
 
 def encoded(mode="RGB", kind="JPEG", size=(40, 30)):
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    image = Image.fromarray(pixels).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
@@ -22,7 +21,7 @@ def encoded(mode="RGB", kind="JPEG", size=(40, 30)):
     ("mode", "kind"),
     [
         *(("RGB", kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")),
-        *(("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG")),
+        *(("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG")),
     ],
 )
 def test_every_mode_loads(tmp_path, mode, kind):
@@ -35,6 +34,33 @@ def test_every_mode_loads(tmp_path, mode, kind):
             assert image.mode == expected.mode
             assert image.mode in (mode, "P")  # a GIF has a palette
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big TIFF"])
+def test_16_bits_become_8(kind):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    buffer = io.BytesIO()
+    if kind == "big TIFF":  # the other order of bytes
+        content = np.asarray(values, dtype=">u2") * np.uint16(257)
+        image = Image.frombytes("I;16B", (16, 16), content.astype(">u2").tobytes())
+    else:
+        image = Image.fromarray(values.astype(np.uint16) * 257)
+    image.save(buffer, kind.removeprefix("big "))
+    loaded = load_image(buffer.getvalue())
+    assert loaded.mode == "L"
+    np.testing.assert_array_equal(np.asarray(loaded), values)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_are_refused(mode):
+    kind, message = error_of(encoded(mode, "TIFF"))
+    assert kind == "undecodable image"
+    assert f"its mode {mode} has 32 bits a channel, of unknown range: save it with 8 or 16" in message
+
+
+def test_what_is_no_image_has_the_same_message_each_time():
+    messages = {error_of(b"no image at all")[1] for _ in range(3)}
+    assert messages == {"the image cannot be decoded (no known image format): replace it"}
 
 
 def error_of(source):

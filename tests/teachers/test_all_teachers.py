@@ -131,6 +131,15 @@ def test_images_of_any_mode_and_shape_have_pixels(teacher, mode):
         assert torch.isfinite(pixels).all()
 
 
+def test_gray_of_16_bits_is_the_same_picture(teacher, photos, tmp_path):
+    gray = Image.open(photos[0]).convert("L")
+    gray.save(tmp_path / "8.png")
+    Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(tmp_path / "16.png")
+    for form in (lambda path: path, Image.open):
+        features = teacher.encode_images([form(tmp_path / name) for name in ("8.png", "16.png")])
+        np.testing.assert_allclose(features[1], features[0], **TOLERANCE)
+
+
 @pytest.fixture(scope="module")
 def spawned():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
