@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ A row without the name fulfils none of them, ``ne`` included.
 COMPARISONS = ("eq", "ne", "gt", "gte", "lt", "lte")
 MAX_ID_LENGTH = 512
 """Characters of an id."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class NewRows:
             metadata: n mappings; None for none.
 
         Raises:
-            ValueError: for lengths that differ, ids that are empty, too long or there twice, embeddings that are not
-                finite or zero, or metadata that are not plain; names the row.
+            ValueError: for lengths that differ, ids that are empty, too long or there twice, control characters in ids
+                or metadata, embeddings that are not finite or zero, or metadata that are not plain; names the row.
         """
         matrix = np.asarray(embeddings, dtype=np.float32)
         metadata = [{} for _ in ids] if metadata is None else metadata
@@ -99,11 +102,22 @@ class NewRows:
         for row, key in enumerate(ids):
             if not isinstance(key, str) or not 0 < len(key) <= MAX_ID_LENGTH:
                 raise ValueError(f"row {row}: the id {key!r} is not a text of 1 to {MAX_ID_LENGTH} characters")
+            if found := control_character(key):
+                raise ValueError(f"row {row}: the id {key!r} holds the control character {found}: leave it out")
             if key in seen:
                 raise ValueError(f"row {row}: the id {key!r} is there twice; ids name one row each")
             seen.add(key)
             _check_metadata(metadata[row], f"row {row} (id {key!r})")
         return cls(list(ids), list(texts), unit_rows(matrix, lambda row: f"row {row} (id {ids[row]!r})"), metadata)
+
+
+def control_character(value: object) -> str | None:
+    """The first control character of a text that is no tab or end of a line, for a message; None if there is none.
+
+    Programs in C end a text at a NUL: an id with one would be taken for another id.
+    """
+    found = _CONTROL.search(value) if isinstance(value, str) else None
+    return repr(found.group()) if found else None
 
 
 class SearchBackend(Protocol):
@@ -207,6 +221,9 @@ def _check_metadata(metadata: Metadata, where: str) -> None:
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
             raise ValueError(f"{where}: metadata {name!r}: {value!r} is not a text, a number or a truth value")
+        for text in (name, value):
+            if found := control_character(text):
+                raise ValueError(f"{where}: metadata {name!r}: {text!r} holds the control character {found}")
     try:
         json.dumps(dict(metadata), allow_nan=False)
     except ValueError as error:

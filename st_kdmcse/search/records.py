@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.data.sentences import named_errors
 from st_kdmcse.files import byte_progress, sha256_file
-from st_kdmcse.search.base import MAX_ID_LENGTH
+from st_kdmcse.search.base import MAX_ID_LENGTH, control_character
 from st_kdmcse.search.table_formats import (
     ColumnKind,
     OnBytes,
@@ -215,6 +215,11 @@ class RecordFile:
                 f"{self._where(row)}: the id {shown(value)} in {self._id_column!r} is neither a text of 1 to "
                 f"{MAX_ID_LENGTH} characters nor a whole number: correct it, or choose another id column"
             )
+        if found := control_character(value):
+            raise ValueError(
+                f"{self._where(row)}: the id {shown(value)} in {self._id_column!r} holds the control character "
+                f"{found}: remove it"
+            )
         return str(value)
 
     def _duplicate(self, key: str, row: Row) -> ValueError:
@@ -226,11 +231,13 @@ class RecordFile:
 
     def _plain_metadata(self, row: Row) -> dict[str, Any]:
         if self._format in ("csv", "tsv"):
+            self._check_characters(row, {name: row.values[name] for name in self._metadata})
             return {name: read(row.values[name]) if row.values[name] else None for name, read in self._readers.items()}
         found = {name: row.values[name] for name in self._metadata if name in row.values}
         if self._format == "json" and self._wanted is None:  # each line may have other names
             used = (self.text_column, self._id_column, "")
             found = {name: value for name, value in row.values.items() if name not in used and is_plain(value)}
+        self._check_characters(row, found)
         for name, value in found.items():
             if not is_plain(value) or (isinstance(value, float) and math.isinf(value)):
                 raise ValueError(
@@ -240,6 +247,13 @@ class RecordFile:
             if isinstance(value, float) and math.isnan(value):  # a missing value, in pandas
                 found[name] = None
         return found
+
+    def _check_characters(self, row: Row, metadata: Mapping[str, Any]) -> None:
+        for name, value in metadata.items():
+            if found := control_character(name) or control_character(value):
+                raise ValueError(
+                    f"{self._where(row)}: {name!r} is {shown(value)}, with the control character {found}: leave it out"
+                )
 
     @cached_property
     def _readers(self) -> dict[str, Callable[[str], Any]]:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import tracemalloc
 from datetime import date
 from decimal import Decimal
@@ -268,3 +269,30 @@ def test_output_files_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         output_file(tmp_path / "folder.csv")
     assert output_file(str(tmp_path / "b.csv"), source) == tmp_path / "b.csv"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("column", ["number", "kind"])
+@pytest.mark.parametrize("character", ["\0", "\x1b"])
+def test_control_characters_in_ids_and_metadata_are_refused(tmp_path, name, column, character):
+    rows = [{"text": "a dog", "number": "a", "kind": "x"}, {"text": "a cat", "number": "b", "kind": "y"}]
+    rows[1][column] += f"{character}z"
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        write_table(path, **{key: [row[key] for row in rows] for key in rows[0]})
+    elif name.endswith("jsonl"):
+        write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        separator = "," if name.endswith("csv") else "\t"
+        write(path, "\n".join(separator.join(each) for each in [rows[0].keys(), *(row.values() for row in rows)]))
+    place = {"a.csv": "line 3", "a.tsv": "line 3", "a.jsonl": "line 2", "a.parquet": "row 1"}[name]
+    binary = character == "\0" and name in ("a.csv", "a.tsv")  # files of lines with a NUL are refused altogether
+    message = "a NUL byte" if binary else f".*control character {re.escape(repr(character))}"
+    with pytest.raises(ValueError, match=f"{name}, {place}: {message}"):
+        RecordFile(path, id_column="number").check()
+
+
+def test_tabs_and_ends_of_lines_in_metadata_are_kept(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": "a dog", "kind": "x\ty\nz"}))
+    (record,) = RecordFile(path)
+    assert record.metadata == {"kind": "x\ty\nz"}
