@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.util import batch_to_device
 from torch import nn
 
 PoolingMode = Literal["cls", "mean"]
@@ -43,6 +45,22 @@ def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingM
     if not Path(name_or_path).is_dir():
         student.model_card_data.set_base_model(name_or_path)
     return student
+
+
+def views_differ(student: SentenceTransformer) -> bool:
+    """Whether a sentence has another embedding each time in training, from which the text loss learns.
+
+    Args:
+        student: any sentence-transformers model; its mode and the random numbers stay as they are.
+    """
+    features = batch_to_device(student.preprocess(["Is there dropout?"]), student.device)
+    was_training = student.training
+    student.train()
+    devices = [student.device] if student.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        first, second = (student(dict(features))["sentence_embedding"] for _ in range(2))
+    student.train(was_training)
+    return not torch.equal(first, second)
 
 
 def _positions(encoder: nn.Module) -> int | None:

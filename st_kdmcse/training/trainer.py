@@ -29,6 +29,7 @@ from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.training.card import describe_training
 from st_kdmcse.training.collator import KDMCSEDataCollator
 from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler, pair_rows
+from st_kdmcse.training.student import views_differ
 from st_kdmcse.training.token_batches import TokenBatches
 from st_kdmcse.training.unpadding import unchecked_masks, unpadded
 from st_kdmcse.upstream import HookedTrainer, nested_gather
@@ -377,9 +378,14 @@ class _Prepare(TrainerCallback):
     def __init__(self, trainer: KDMCSETrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         self.trainer.broadcast_heads()
         self.trainer.forget_divergence()
+        if not args.torch_compile and not views_differ(self.trainer.model):
+            logger.warning(
+                "the student has no dropout: both views of a sentence are equal, and the text loss teaches next to "
+                "nothing. Set a dropout in its config.json, such as hidden_dropout_prob, or take another encoder"
+            )
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.set_schedule_epoch()

@@ -25,6 +25,7 @@ from st_kdmcse import (
     build_student,
 )
 from st_kdmcse.losses.components import LossComponents
+from st_kdmcse.training.student import views_differ
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES
 
 OF_TRAINER = ("head_learning_rate", "captions_per_image_in_batch")
@@ -381,6 +382,22 @@ def test_no_step_asks_for_the_value_of_a_tensor(tiny_bert, sentences, store, tmp
         counts.append(questions.count)
     assert counts[0] == counts[1]
     assert counts[0] > 0  # the mean loss, at the end
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_a_student_without_dropout_is_warned_of(tiny_bert, sentences, store, tmp_path, caplog, dropout):
+    trainer = make_trainer(tiny_bert, tmp_path, sources(sentences, store), store, max_steps=1)
+    if not dropout:
+        without_dropout(trainer.model)
+    trainer.model.eval()
+    torch.manual_seed(3)
+    assert views_differ(trainer.model) is dropout
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), after)
+    assert not trainer.model.training
+    trainer.train()
+    assert ("the student has no dropout: both views of a sentence are equal" in caplog.text) is not dropout
 
 
 class _Diverging(SimCSELoss):
