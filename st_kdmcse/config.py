@@ -208,7 +208,8 @@ class KDMCSEConfig:
         """The method with more of the teacher: its lists on the sentence embeddings, and captions of one image alike.
 
         It is meant for heads with a learning rate of 1e-3 and batches of two captions an image
-        (``head_learning_rate``, ``captions_per_image_in_batch`` of :class:`~st_kdmcse.KDMCSETrainer`).
+        (``head_learning_rate``, ``captions_per_image_in_batch`` of :class:`~st_kdmcse.KDMCSETrainer`). That its gains
+        come from the pictures, and not from the captions' features, has not been shown.
         """
         return cls(**(_GROUNDED | overrides))
 
