@@ -14,9 +14,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +33,6 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
-from torch.utils.data import BatchSampler, ConcatDataset
 from tqdm import tqdm
 from transformers import (
     AutoModel,
@@ -200,15 +199,20 @@ def contest(name: str, settings: Settings, profile: bool, started: float) -> dic
         else:
             clock.count_tokens(model)
         clock.watch(trainer)
-        with nullcontext() if name not in OURS or OURS[name].fast_dropout else dropout_of_pytorch():
+        with without_defaults(OURS.get(name)):
             trainer.train()
     return clock.result(model)
 
 
 @contextmanager
-def dropout_of_pytorch() -> Iterator[None]:
-    """Masks from one random number an element, as in any other code."""
-    with patch("st_kdmcse.dropout.dropout", F.dropout), patch("st_kdmcse.upstream.fast_dropout", F.dropout):
+def without_defaults(ours: Options | None) -> Iterator[None]:
+    """Replace what the trainer has no option for: the masks of dropout, and the batches."""
+    with ExitStack() as stack:
+        if ours and not ours.fast_dropout:  # one random number an element, as in any other code
+            stack.enter_context(patch("st_kdmcse.dropout.dropout", F.dropout))
+            stack.enter_context(patch("st_kdmcse.upstream.fast_dropout", F.dropout))
+        if ours and ours.group_by_length:
+            stack.enter_context(patch("st_kdmcse.training.trainer.StepRatioBatchSampler", GroupedByLength))
         yield
 
 
@@ -223,20 +227,6 @@ class GroupedByLength(StepRatioBatchSampler):
             cut = [group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size)]
             random.Random(self.seed).shuffle(cut)
             yield from cut
-
-
-class GroupingTrainer(KDMCSETrainer):
-    """Our trainer with batches of similar length."""
-
-    def get_multi_dataset_batch_sampler(
-        self,
-        dataset: ConcatDataset[Any],
-        batch_samplers: Sequence[BatchSampler],
-        generator: torch.Generator | None = None,
-        seed: int | None = 0,
-    ) -> BatchSampler:
-        """The schedule of Algorithm 1, with other batches."""
-        return GroupedByLength(dataset, batch_samplers, generator, seed or 0, self.pair_every)
 
 
 def make_student(encoder: str, tokenizer_name: str, layers: int, hidden: int) -> SentenceTransformer:
@@ -296,8 +286,7 @@ def make_trainer(
     store = FeatureStore.open(settings.features)
     grounded = KDMCSELoss(model, features=store)
     grounded.keep_features_on_device = ours.features_on_device
-    kind = GroupingTrainer if ours.group_by_length else KDMCSETrainer
-    return kind(
+    return KDMCSETrainer(
         model,
         arguments,
         DatasetDict(text=texts, pairs=store.dataset()),
