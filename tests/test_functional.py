@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st_kdmcse import functional
+from st_kdmcse.functional import spread
 
 N, DIM = 6, 5
 
@@ -278,7 +279,7 @@ def test_gathered_candidates_are_the_rows_of_one_large_batch():
 
 @pytest.mark.parametrize("block", [1, 8, 24, 10**6])
 def test_uniformity_in_blocks_with_gradients(block, monkeypatch):
-    monkeypatch.setattr(functional, "_UNIFORMITY_BLOCK", block)
+    monkeypatch.setattr(spread, "_UNIFORMITY_BLOCK", block)
     x = rows(3, 9, DIM)
     assert functional.uniformity(x).item() == pytest.approx(reference.uniformity(x.detach(), 2))
     assert torch.autograd.gradcheck(functional.uniformity, (x,))
