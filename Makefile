@@ -19,7 +19,7 @@ CORE = tests/losses tests/training tests/data tests/teachers tests/extraction te
 .PHONY: demo test test-lowest check bench gpu clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python training/train_flickr.py --demo
+	$(BIN)/st-kdmcse demo
 
 test: $(VENV)/.dev
 	$(BIN)/python $(PYTEST)

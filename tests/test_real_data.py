@@ -41,20 +41,14 @@ def test_training_on_the_real_formats(shared_data, minilm, tmp_path):
 
 def test_the_demo_in_small(minilm, tmp_path, capsys, monkeypatch):
     pytest.importorskip("open_clip")
-    for name, value in {
-        "_SCENES": 30,
-        "_SENTENCES": 60,
-        "_STEPS": 4,
-        "_BATCH_SIZE": 8,
-        "_DEV_PAIRS": 20,
-        "_TEST_PAIRS": 40,
-    }.items():
-        monkeypatch.setattr(demo, name, value)
-    scores = demo.run_demo(tmp_path / "demo")
+    monkeypatch.setattr(
+        demo, "QUICK", demo.Size(scenes=30, sentences=60, steps=4, batch_size=8, dev_pairs=20, test_pairs=40)
+    )
+    scores = demo.run_demo(tmp_path / "demo", quick=True)
     output = capsys.readouterr().out
     assert list(scores) == ["before", "simcse", "kdmcse"]
     for score in scores.values():
         assert f"{100 * score:6.2f}" in output
     assert "encode(3 sentences) -> float32 (3, 384)" in output
     with pytest.raises(ValueError, match="not empty"):
-        demo.run_demo(tmp_path / "demo")
+        demo.run_demo(tmp_path / "demo", quick=True)

@@ -1,16 +1,8 @@
 """Train a sentence encoder on text and CC12M (Appendix B)."""
 
-from typing import Any
+from st_kdmcse.cli.training import training_command
 
-from st_kdmcse.cli.training import run_training, training_command
-from st_kdmcse.training.presets import DatasetPreset
-
-
-@training_command("cc12m")
-def main(preset: DatasetPreset, arguments: dict[str, Any]) -> None:
-    """Train."""
-    run_training(arguments, preset)
-
+main = training_command("cc12m")
 
 if __name__ == "__main__":
     main()

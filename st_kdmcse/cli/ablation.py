@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, report_files, split_options
 from st_kdmcse.experiments.grid import method_grid, run_grid
@@ -14,7 +15,7 @@ from st_kdmcse.experiments.report import write_report
 from st_kdmcse.training.methods import METHODS
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @grid_options()
 @click.option("--methods", type=ListType(), help=f"Methods to train.  [{','.join(METHODS)}]")
 def main(

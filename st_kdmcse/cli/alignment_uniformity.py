@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.named_models import named_models
 from st_kdmcse.data import STSTask, load_sts_benchmark
@@ -16,7 +17,7 @@ from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.provenance import model_identity, provenance
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
     "--data-dir",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import prepare_report, report_files, report_options
 from st_kdmcse.experiments.comparison import compare_runs
@@ -13,7 +14,7 @@ from st_kdmcse.experiments.report import write_report
 from st_kdmcse.experiments.runs import find_runs
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @click.argument("run_dirs", nargs=-1, required=True)
 @report_options("comparison")
 @click.option("--title", default="Comparison of methods", show_default=True)

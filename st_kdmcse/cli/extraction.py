@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.inspection import inspect_store
@@ -74,7 +75,7 @@ def extraction_options(command: Command, in_training: bool = False, **defaults: 
     return command
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @Store
 @extraction_options
 @click.option("--shard", metavar="I/N", help="Do part I (from 0) of N, in as many processes or on as many machines.")
@@ -98,7 +99,7 @@ def extract(store: Path, shard: str | None, **options: Any) -> None:
                 click.echo(f"look at it: st-kdmcse inspect {store}")
 
 
-@click.command("merge")
+@command("merge")
 @Store
 def merge_command(store: Path) -> None:
     """Join the shards of an extraction into the feature store STORE."""
@@ -109,7 +110,7 @@ def merge_command(store: Path) -> None:
             click.echo(f"what was left out is listed in {skipped_file(store)}")
 
 
-@click.command()
+@command()
 @Store
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the captions and scores that are drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

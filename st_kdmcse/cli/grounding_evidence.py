@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import cxc_options, friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, finish, grid_options
 from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS
@@ -28,7 +29,7 @@ _NOT_HERE = {
 }
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @cxc_options
 @click.option("--max-steps", type=click.IntRange(1), default=150, show_default=True, help="Steps of each run.")
 @click.option(

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import Group
 from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.cli.search_options import (
-    SETTINGS,
     Address,
     Factory,
     File,
@@ -41,7 +41,7 @@ _ADDED_AT_A_TIME = 512
 _PAIRS_SHOWN = 20
 
 
-@click.group()
+@click.group(cls=Group)
 def index() -> None:
     """Make a search index of a file of texts, and keep it up to date.
 
@@ -50,7 +50,7 @@ def index() -> None:
     """
 
 
-@index.command(context_settings=SETTINGS)
+@index.command()
 @File
 @click.option("--model", required=True, help="Sentence encoder: hub name or folder.")
 @click.option("--out", required=True, metavar="DIR", help="Folder of the index, or the address of a Milvus collection.")
@@ -109,7 +109,7 @@ def build(
         click.echo(f'search it: st-kdmcse search {shlex.quote(out)} "a query"')
 
 
-@index.command(context_settings=SETTINGS)
+@index.command()
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="Sentence encoder that was trained with the heads: hub name or folder.")
 @click.option("--heads", type=click.Path(path_type=Path), help="Folder of the trained heads.  [MODEL/heads]")
@@ -150,7 +150,7 @@ def images(
         click.echo(f'search them: st-kdmcse search {shlex.quote(str(out))} "a query"')
 
 
-@index.command(context_settings=SETTINGS)
+@index.command()
 @Address
 @File
 @file_options("new ids are made")
@@ -176,7 +176,7 @@ def add(address: str, file: Path, model: str | None, precision: Precision, **col
             click.echo(f"their ids: {', '.join(made)}{more}")
 
 
-@index.command(context_settings=SETTINGS)
+@index.command()
 @Address
 @File
 @file_options("required")
@@ -199,7 +199,7 @@ def update(address: str, file: Path, model: str | None, precision: Precision, **
         say_what_was_skipped(records)
 
 
-@index.command(context_settings=SETTINGS)
+@index.command()
 @Address
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
 @Model
@@ -214,7 +214,7 @@ def remove(address: str, ids: tuple[str, ...], model: str | None) -> None:
         click.echo(f"removed {before - len(opened):,} of {before:,} texts in {address}")
 
 
-@index.command(context_settings=SETTINGS)
+@index.command()
 @Address
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def info(address: str, as_json: bool) -> None:

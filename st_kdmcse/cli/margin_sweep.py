@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, report_files, split_options
 from st_kdmcse.experiments.grid import margin_grid, run_grid
@@ -15,7 +16,7 @@ from st_kdmcse.experiments.report import write_sweep_report
 MARGINS = "0.025,0.05,0.075,0.1,0.125,0.15,0.175,0.2,0.225"
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @grid_options(without=["margin"])
 @click.option("--margins", type=ListType(float), default=MARGINS, show_default=True, help="Margins in radians.")
 def main(

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.demo.run import minilm_folder
 from st_kdmcse.training.mlm import MaskingOptions, make_raw_student
@@ -14,7 +15,7 @@ from st_kdmcse.training.mlm import MaskingOptions, make_raw_student
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings={"max_content_width": 120, "show_default": True})
+@command(context_settings={"show_default": True})
 @click.option("--model", help="Encoder: hub name or folder.  [all-MiniLM-L6-v2, of the extra demo]")
 @click.option(
     "--text", type=_PATH, required=True, help="Sentences: one a line (plain or .gz), or a column of a .parquet."

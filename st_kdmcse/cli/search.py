@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import click
 import pyarrow as pa
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.cli.index import _texts
 from st_kdmcse.cli.search_options import (
-    SETTINGS,
     Address,
     File,
     Model,
@@ -57,7 +57,7 @@ _PAIRS_WRITTEN = 1_000_000
 _TEXT_LINES = 4
 
 
-@click.command(context_settings=SETTINGS)
+@command()
 @Address
 @click.argument("query", nargs=-1)
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Results of each query.")
@@ -127,7 +127,7 @@ def search(
             _prompt(SemanticIndex.open(address, model, precision=precision), k, where, as_json)
 
 
-@click.command(context_settings=SETTINGS)
+@command()
 @File
 @click.option("--model", required=True, help="Sentence encoder: hub name or folder.")
 @click.option(

@@ -98,9 +98,6 @@ MemoryLimit = click.option(
 )
 
 
-SETTINGS = {"max_content_width": 120}
-
-
 def record_file(path: Path, columns: Mapping[str, Any]) -> RecordFile:
     """The file of a command, with the columns that its options name."""
     return RecordFile(

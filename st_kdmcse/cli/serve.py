@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.search.limits import Limits
 from st_kdmcse.search.semantic_index import SemanticIndex
@@ -15,7 +16,7 @@ from st_kdmcse.search.server import serve as serve_app
 _DEFAULT = Limits()
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @click.argument("address", metavar="DIR")
 @click.option("--model", help="Model: hub name or folder, if it has moved since the index was made.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of images to show.  [the one of the index]")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import cxc_options, friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_cxc, load_sts_tasks
 from st_kdmcse.encoding import load_model
@@ -16,7 +17,7 @@ from st_kdmcse.precision import Precision, resolve_precision
 from st_kdmcse.provenance import provenance
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @click.option("--model", required=True, help="Model: hub name or folder.")
 @click.option(
     "--data-dir",

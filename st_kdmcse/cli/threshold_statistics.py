@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.evaluation.plots import check_plot, save_figure
@@ -14,7 +15,7 @@ from st_kdmcse.evaluation.threshold_statistics import threshold_statistics
 from st_kdmcse.files import check_output_file, write_json
 
 
-@click.command(context_settings={"max_content_width": 120, "show_default": True})
+@command(context_settings={"show_default": True})
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--sample-images", type=int, default=2000, help="Images to draw; 0 takes all.")
 @click.option(

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
+from st_kdmcse.cli.commands import command as make_command
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Recipe, Threshold, Weight
@@ -57,34 +58,42 @@ class _NumberOr(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 _TYPES = {Threshold: _NumberOr("none", "auto"), Weight: _NumberOr("auto")}
 
 
-def training_command(dataset: str) -> Callable[[Command], click.Command]:
-    """Make a training script's command of a function, which gets the preset of its data set and the options by name.
+def training_command(dataset: str) -> click.Command:
+    """The command of a data set's training script.
 
     Args:
         dataset: a name of :data:`~st_kdmcse.training.presets.PRESETS`.
     """
+    return _training_command(dataset, f"python training/train_{dataset}.py", f"on {_TITLES[dataset]}")
+
+
+def _training_command(dataset: str, call: str, on: str) -> click.Command:
     preset = PRESETS[dataset]
-    script = f"python training/train_{dataset}.py"
-    text = f"""Train a sentence encoder with knowledge from CLIP, on {_TITLES[dataset]}.
+    text = f"""Train a sentence encoder with knowledge from CLIP, {on}.
 
     \b
-    {script} --text wiki1m_for_simcse.txt {_EXAMPLES[dataset]}
-    {script} --text wiki1m_for_simcse.txt --features {dataset}-features
+    {call} --text wiki1m_for_simcse.txt {_EXAMPLES[dataset]}
+    {call} --text wiki1m_for_simcse.txt --features {dataset}-features
 
     The first form begins with the features of a CLIP model: it writes them to OUTPUT_DIR/features, or to --features.
     """
 
-    def decorate(function: Command) -> click.Command:
-        def run(**arguments: Any) -> None:
-            function(preset, arguments)
+    def run(**arguments: Any) -> None:
+        run_training(arguments, PRESETS[arguments.pop("preset", dataset)])
 
-        command = config_options(run)
-        command = extraction_options(command, in_training=True, **preset.extraction)
-        command = training_options(command, preset.output_dir)
-        settings = {"show_default": False, "max_content_width": 120}
-        return click.command(help=text, context_settings=settings)(command)
+    function = config_options(run)
+    function = extraction_options(function, in_training=True, **preset.extraction)
+    function = training_options(function, preset.output_dir)
+    return make_command(help=text)(function)
 
-    return decorate
+
+def _with_preset(train: click.Command) -> click.Command:
+    text = "What the paper does on that data set; other options go first."
+    preset = click.Option(
+        ["--preset"], type=click.Choice(list(PRESETS)), default="flickr", show_default=True, help=text
+    )
+    train.params.insert(0, preset)
+    return train
 
 
 def config_options(command: Command) -> Command:
@@ -242,17 +251,23 @@ def run_training(arguments: dict[str, Any], preset: DatasetPreset) -> None:
 
     Args:
         arguments: values of :func:`training_options`, :func:`config_options` and :func:`extraction_options` by name.
-        preset: gives the config and the teacher where the arguments do not.
+        preset: gives what the user does not.
     """
     quiet_libraries()
+    context = click.get_current_context()
+    usual = {"output_dir": preset.output_dir}
+    usual |= {f"{_EXTRACTION}{name}": value for name, value in preset.extraction.items()}
+    for name, value in usual.items():
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            arguments[name] = value
     names = {option.name for option in fields(KDMCSEConfig)}
-    usual = {name: value for name, value in preset.config.items() if name in METHODS[arguments["method"]].reads}
+    config = {name: value for name, value in preset.config.items() if name in METHODS[arguments["method"]].reads}
     extraction = {
         name.removeprefix(_EXTRACTION): value for name, value in arguments.items() if name.startswith(_EXTRACTION)
     }
     with friendly_errors("stopped; the same command (with --resume, once training had begun) goes on from there"):
         options = TrainingOptions(
-            config=usual | given_config(arguments),
+            config=config | given_config(arguments),
             extraction=_extraction(extraction, preset.teachers[arguments["recipe"]]),
             **{
                 name: value
@@ -315,3 +330,7 @@ def _by_recipe(name: str) -> str:
     if values["grounded"] == values["paper"]:
         del values["grounded"]
     return "; ".join(f"{recipe}: {value}" for recipe, value in values.items())
+
+
+train_command = _with_preset(_training_command("flickr", "st-kdmcse train", "on sentences and captioned images"))
+"""``st-kdmcse train``, for all data sets."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS
 from st_kdmcse.encoding import load_model
@@ -15,7 +16,7 @@ from st_kdmcse.files import check_output_file
 from st_kdmcse.precision import Precision
 
 
-@click.command(context_settings={"max_content_width": 120})
+@command()
 @click.option("--model", required=True, help="Model: hub name or folder.")
 @click.option("--data-dir", required=True, help="SentEval directory.")
 @click.option(

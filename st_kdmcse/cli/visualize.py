@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from st_kdmcse.cli.commands import Group
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries
 from st_kdmcse.cli.named_models import named_models
 from st_kdmcse.data import iter_sentences, sha256_file
@@ -28,7 +29,7 @@ PathOption = click.Path(path_type=Path)
 Models = click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 
 
-@click.group(context_settings={"max_content_width": 120, "show_default": True})
+@click.group(cls=Group, context_settings={"show_default": True})
 def main() -> None:
     """Look at what models make of sentences. A MODEL is a hub name or folder, or LABEL=PATH."""
 

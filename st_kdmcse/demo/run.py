@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,13 +20,33 @@ from st_kdmcse.training.student import build_student
 
 TEACHER_DIR = Path(__file__).with_name("teacher")
 
-_SCENES = 1200
+
+@dataclass(frozen=True)
+class Size:
+    """How large the demo is.
+
+    Attributes:
+        scenes: that are drawn.
+        sentences: beside their captions.
+        steps: of each training.
+        batch_size: sentences a step.
+        dev_pairs: of captions, which choose the best step.
+        test_pairs: of captions, which are scored.
+    """
+
+    scenes: int = 1200
+    sentences: int = 4000
+    steps: int = 30
+    batch_size: int = 32
+    dev_pairs: int = 200
+    test_pairs: int = 600
+
+
+FULL = Size()
+QUICK = Size(scenes=300, sentences=1000, steps=9, batch_size=16, dev_pairs=100, test_pairs=300)
+"""A demo of less than a minute, too small for its scores to mean much."""
+
 _CAPTIONS = 3
-_SENTENCES = 4000
-_DEV_PAIRS = 200
-_TEST_PAIRS = 600
-_STEPS = 30
-_BATCH_SIZE = 32
 # In so short a run the pairs must count: every other batch is one of them, at full weight.
 _CONFIG = {"multimodal_weight": 1.0, "image_threshold": "auto", "text_threshold": "auto"}
 _QUERIES = (
@@ -36,7 +56,7 @@ _QUERIES = (
 )
 
 
-def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
+def run_demo(output_dir: Path, seed: int = 42, quick: bool = False) -> dict[str, float]:
     """Train SimCSE and KDMCSE on generated scenes, without network and data, and print what they learned.
 
     Everything a run on Flickr30k has is there: image files of captioned scenes stand for the photographs, further
@@ -46,6 +66,7 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
     Args:
         output_dir: where data and models go; must be empty or absent.
         seed: of scenes and training.
+        quick: whether to make everything smaller.
 
     Returns:
         Spearman correlation on the held-out test pairs: before, and after each method.
@@ -59,15 +80,21 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
             raise ImportError(f'the demo needs {module}: pip install "st-kdmcse[demo]"')
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"`output_dir` {output_dir} is not empty: choose another directory, or delete it")
-    started = time.process_time()
+    size = QUICK if quick else FULL
     data = output_dir / "data"
-    print(f"1. {_SCENES} scenes with {_CAPTIONS} captions each, described by a tiny CLIP")
-    make_demo_data(data, seed)
+    print(f"1. Draw {size.scenes:,} scenes, write {_CAPTIONS} captions for each, and encode both with a tiny CLIP")
+    make_demo_data(data, seed, size)
+    print(f"\n2. Score all-MiniLM-L6-v2, pooled by [CLS], on {size.test_pairs} pairs of captions of other scenes")
     student = minilm_folder()
-    test = sts_evaluator(load_sts_benchmark(str(data), "test"), "sts-test")
+    test = sts_evaluator(load_sts_benchmark(str(data), "test"), "test")
     scores = {"before": spearman(test, build_student(student))}
-    for number, method in enumerate(("simcse", "kdmcse"), start=2):
-        print(f"\n{number}. {method}: {_STEPS} steps from all-MiniLM-L6-v2")
+    print(f"   Spearman x 100: {100 * scores['before']:.2f}")
+    lessons = {
+        "simcse": "SimCSE: sentences and captions alone",
+        "kdmcse": "KDMCSE: the same, and what CLIP says about the pictures",
+    }
+    for number, (method, lesson) in enumerate(lessons.items(), start=3):
+        print(f"\n{number}. Train it for {size.steps} steps with {lesson}")
         summary = train(
             TrainingOptions(
                 model=student,
@@ -78,19 +105,19 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
                 pair_every=2,
                 eval_data=str(data),
                 output_dir=output_dir / method,
-                max_steps=_STEPS,
-                batch_size=_BATCH_SIZE,
+                max_steps=size.steps,
+                batch_size=size.batch_size,
                 lr=1.5e-4,
-                eval_steps=max(1, _STEPS // 3),
+                eval_steps=max(1, size.steps // 3),
                 seed=seed,
                 bf16=False,  # the same scores on every machine
             )
         )
         scores[method] = summary["sts_test_of_best"]
-    print(f"\n4. Spearman x 100 on {_TEST_PAIRS} pairs of captions of held-out scenes")
+    print(f"\n5. Compare them on the {size.test_pairs} pairs: Spearman x 100")
     for name, score in scores.items():
         print(f"   {name:8s}{100 * score:6.2f}")
-    print("\n5. Embeddings and nearest captions of the kdmcse model")
+    print("\n6. Search the captions with the model that KDMCSE has trained")
     model = SentenceTransformer(str(output_dir / "kdmcse"))
     corpus = FeatureStore.open(data / "features").dataset(captions_per_image=1)["sentence"][:]
     embeddings = model.encode([*_QUERIES], normalize_embeddings=True)
@@ -100,24 +127,31 @@ def run_demo(output_dir: Path, seed: int = 42) -> dict[str, float]:
         print(f"   {query}")
         for hit in found:
             print(f"      {hit['score']:.3f}  {corpus[hit['corpus_id']]}")
-    print(f"\nModel: {output_dir / 'kdmcse'}    {time.process_time() - started:.0f} s of CPU time")
-    print(f'    SentenceTransformer("{output_dir / "kdmcse"}").encode(["a small red star"])')
+    trained, captions = output_dir / "kdmcse", data / "sentences.txt"
+    print("\nTry next:")
+    print(
+        f'   python -c "from sentence_transformers import SentenceTransformer as S; print(S({str(trained)!r})'
+        ".encode(['a small red star']))\""
+    )
+    print(f"   st-kdmcse index build {captions} --model {trained} --out {output_dir / 'index'}")
+    print(f"   st-kdmcse search {output_dir / 'index'} 'a huge golden ring'")
     return scores
 
 
-def make_demo_data(folder: Path, seed: int = 42) -> None:
+def make_demo_data(folder: Path, seed: int = 42, size: Size = FULL) -> None:
     """Write the demo's data in the formats of real data: images, a feature store, sentences, STS-B files.
 
     Args:
         folder: where the data go; it is made.
         seed: of the scenes.
+        size: how many.
     """
     from st_kdmcse.demo.scenes import captions, make_pairs, make_scenes, render
     from st_kdmcse.teachers import OpenCLIPTeacher
 
     generator = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    scenes = make_scenes(_SCENES, seed)
+    scenes = make_scenes(size.scenes, seed)
     paths = [folder / "images" / f"{number:05d}.png" for number in range(len(scenes))]
     for scene, path in zip(scenes, paths, strict=True):
         render(scene).save(path)
@@ -132,11 +166,11 @@ def make_demo_data(folder: Path, seed: int = 42) -> None:
         [path.name for path in paths],
         teacher=teacher.name,
     )
-    sentences = [captions(scene, 1, generator)[0] for scene in make_scenes(_SENTENCES, seed + 1)]
+    sentences = [captions(scene, 1, generator)[0] for scene in make_scenes(size.sentences, seed + 1)]
     (folder / "sentences.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
     target = folder / "STSBenchmark"
     target.mkdir(exist_ok=True)
-    for offset, (split, count) in enumerate((("dev", _DEV_PAIRS), ("test", _TEST_PAIRS))):
+    for offset, (split, count) in enumerate((("dev", size.dev_pairs), ("test", size.test_pairs))):
         _write_pairs(target / f"sts-{split}.csv", make_pairs(count, seed + offset))
 
 

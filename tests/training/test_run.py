@@ -235,9 +235,6 @@ def test_threshold_sets_both_branches_apart_from_the_one_that_is_given(arguments
     store = FeatureStore.open(flags[flags.index("--features") + 1])
     assert auto["image_threshold"] == true_pair_score(store, "text-image")
     assert auto["text_threshold"] == true_pair_score(store, "text-text")
-    refused = run(["--demo", "--threshold", "auto"])
-    assert refused.exit_code == 2
-    assert "--demo is a fixed run" in refused.output
 
 
 @pytest.mark.parametrize(("encoder", "expected"), [("tiny_bert", (64, 3e-5)), ("tiny_roberta", (128, 1e-5))])
@@ -310,12 +307,6 @@ def test_without_evaluation_there_is_one_model(arguments, tmp_path):
     assert result.exit_code == 0, result.output
     assert "there was no evaluation" in result.output
     assert not (tmp_path / "out" / "last").exists()
-
-
-def test_the_demo_takes_no_other_options():
-    result = run(["--demo", "--margin", "0.1"])
-    assert result.exit_code == 2
-    assert "--demo is a fixed run" in result.output
 
 
 def damage(path, change):
