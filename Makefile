@@ -1,4 +1,5 @@
 # make demo: environment, installation and the embedded demo.  make test: the tests.  make check: lint, types, layers.
+# make wheel: build the wheel, and use it in an environment of its own, away from this folder.
 # make test-lowest: what needs the libraries' own interfaces, with the lowest versions that pyproject.toml allows.
 # make gpu: what only a GPU shows, tests and training benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
 # flickr8k_features and senteval.
@@ -16,7 +17,7 @@ LOWEST ?= .venv-lowest
 CORE = tests/losses tests/training tests/data tests/teachers tests/extraction tests/evaluation \
 	$(wildcard tests/test_[cefpu]*.py)
 
-.PHONY: demo test test-lowest check bench gpu clean
+.PHONY: demo test test-lowest wheel check bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/st-kdmcse demo
@@ -32,6 +33,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_step.py

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-_WIDTH = {"max_content_width": 120}
 _EXTRACTION = "extraction"
 _OF_A_NEW_RUN = ("output_dir", "resume")
 
@@ -18,8 +17,8 @@ _OF_A_NEW_RUN = ("output_dir", "resume")
 class Command(click.Command):
     """A command with ``--config``, whose file gives the options that the command line does not."""
 
-    def __init__(self, *args: Any, context_settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings={**_WIDTH, **(context_settings or {})}, **kwargs)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **_with_width(settings))
         self.params.append(
             click.Option(
                 ["--config"],
@@ -37,8 +36,8 @@ class Group(click.Group):
 
     command_class = Command
 
-    def __init__(self, *args: Any, context_settings: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings={**_WIDTH, **(context_settings or {})}, **kwargs)
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **_with_width(settings))
 
 
 def command(name: str | None = None, **settings: Any) -> Callable[[Callable[..., Any]], Command]:
@@ -49,6 +48,10 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Callable[...,
         settings: as for ``click.command``.
     """
     return click.command(name, cls=Command, **settings)
+
+
+def _with_width(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "context_settings": {"max_content_width": 120, **(settings.get("context_settings") or {})}}
 
 
 def _read_defaults(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
