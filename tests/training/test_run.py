@@ -24,10 +24,10 @@ from st_kdmcse.data import load_sts_benchmark, true_pair_score
 from st_kdmcse.evaluation.similarity import spearman, sts_evaluator
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.files import sha256_file
+from st_kdmcse.training.checkpoints import latest_checkpoint
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run import changes_since_start, train
-from st_kdmcse.training.run_folder import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "training"))
@@ -503,12 +503,13 @@ def test_ctrl_c_and_kill_cost_nothing(arguments, tmp_path):
     assert stopped.returncode == 130, stopped.stdout[-3000:]
     assert "with --resume to go on" in stopped.stdout
     assert not (out / "training_summary.json").exists()
-    assert latest_checkpoint(out).name == "checkpoint-9"  # the signal ends the step after it
+    assert latest_checkpoint(out / "checkpoints").name == "checkpoint-9"  # the signal ends the step after it
 
-    killed = signalled("checkpoint-16/trainer_state.json", "kill", arguments(**flags, resume=True))
-    assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    assert (out / "checkpoints/checkpoint-16/model.safetensors").is_file()
-    assert latest_checkpoint(out).name == "checkpoint-12"
+    for last_written in ("trainer_state.json", "checksums.json"):
+        killed = signalled(f"checkpoint-16/{last_written}", "kill", arguments(**flags, resume=True))
+        assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
+        assert (out / "checkpoints/checkpoint-16/model.safetensors").is_file()
+        assert latest_checkpoint(out / "checkpoints").name == "checkpoint-12"
 
     resumed = signalled("nowhere", "kill", arguments(**flags, resume=True))
     assert resumed.returncode == 0, resumed.stdout[-3000:]
@@ -612,16 +613,6 @@ def test_other_data_sets_are_other_defaults(arguments, tmp_path, extraction, scr
     assert json.loads((tmp_path / "own" / "training_summary.json").read_text())["config"]["multimodal_weight"] == 0.2
     flags = arguments(**{"output-dir": tmp_path / "text", "method": "simcse"})
     assert CliRunner().invoke(command, flags).exit_code == 0
-
-
-def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((10, "{}"), (20, '{"global'), (30, None)):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert latest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_help_lists_every_option_with_both_recipes():
