@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import WORDS, copy_tree, free_port
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse import FeatureStore, KDMCSELoss, build_student
@@ -324,6 +324,11 @@ def damage(path, change):
     path.write_bytes(bytes(content))
 
 
+def one_score(path):
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    path.write_text("".join("\t".join([*row[:4], "3", *row[5:]]) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize(
     ("prepare", "changes", "message"),
     [
@@ -355,6 +360,7 @@ def damage(path, change):
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__delitem__(slice(-8, None))), {}, "whole"),
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__setitem__(-3, c[-3] ^ 1)), {}, "SHA-256"),
         (lambda d: (d / "STS" / "STSBenchmark" / "sts-dev.csv").write_text("a\tb\n"), {}, "sts-dev.csv"),
+        (lambda d: one_score(d / "STS" / "STSBenchmark" / "sts-test.csv"), {}, "sts-test.csv, line 1 and all others"),
     ],
 )
 def test_bad_input_is_refused_before_any_model_is_loaded(
@@ -429,6 +435,16 @@ def test_other_data_are_noticed(data, tiny_bert, tmp_path):
     # Features where there were none are a change too.
     with_features = changes_since_start(replace(options, features=copy / "features"))
     assert with_features == ["the features data have changed", "the sts-test data have changed"]
+
+
+def test_a_student_that_cannot_be_scored_is_refused_and_the_folder_stays_free(arguments, tiny_bert, tmp_path):
+    folder = copy_tree(tiny_bert, tmp_path / "collapsed")
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value * 0 for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    result = run(arguments(model=folder))
+    assert result.exit_code == 2, result.output
+    assert "the score on sts-dev is not a number: --model gives all pairs" in result.output
+    assert run(arguments(method="simcse", **{"max-steps": 3})).exit_code == 0
 
 
 def test_a_file_that_was_being_written_at_a_kill_is_no_obstacle(arguments, tmp_path):
