@@ -202,9 +202,12 @@ def write_json(path: str | Path, content: Mapping[str, Any], keep_existing: bool
         keep_existing: keep a file that another process has put there.
 
     Raises:
-        ValueError: if a number is not finite.
+        ValueError: if a number is not finite; names the file.
     """
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: a number of it is not finite ({error})") from error
     with atomic_file(path, keep_existing=keep_existing) as file:
         file.write(text)
 

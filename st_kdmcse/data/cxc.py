@@ -10,7 +10,7 @@ from typing import Any
 
 from st_kdmcse.data.readers.parsing import existing_file, json_items
 from st_kdmcse.data.sentences import read_lines
-from st_kdmcse.data.sts import STSTask, checked_pairs
+from st_kdmcse.data.sts import STSTask, check_scorable, checked_pairs
 
 CXC = "CxC"
 """The name of the task."""
@@ -58,7 +58,7 @@ def load_cxc(scores: str | Path, captions: str | Path | Sequence[str | Path]) ->
     task = STSTask(CXC, tuple(subsets))
     if not task.subsets:
         raise ValueError(f"{path} is empty: no pair with a score; copy the file again")
-    return task
+    return check_scorable(task)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, int, int, str, str]]:

@@ -144,8 +144,8 @@ def load_sts_tasks(source: str | Path, names: Sequence[str] = STS_TASKS, split: 
 
     Raises:
         FileNotFoundError: if there is no such folder, or a task's folder lacks one of its files.
-        ValueError: for an unknown task or split, a folder with none of the tasks, or a malformed row; names the file
-            and the line.
+        ValueError: for an unknown task or split, a folder with none of the tasks, a malformed row, or a task that no
+            model can be scored on, see :func:`check_scorable`; names the file and the line.
         ConnectionError: if ``source`` names an organisation on the hub that cannot be reached or lacks a task.
     """
     _check_split(split)
@@ -159,14 +159,14 @@ def load_sts_tasks(source: str | Path, names: Sequence[str] = STS_TASKS, split: 
                 f"there is no folder {source}: give a SentEval folder (with STS/ and SICK/ in it), or an organisation "
                 "on the hub such as mteb"
             )
-        return [_hub_task(f"{source}/{_REPOSITORIES[name]}", name, split) for name in names]
+        return [check_scorable(_hub_task(f"{source}/{_REPOSITORIES[name]}", name, split)) for name in names]
     found = [task for name in names if (task := _local_task(folder, name, split)) is not None]
     if not found:
         raise ValueError(
             f"{source} holds none of {', '.join(names)} ({split}): expected SentEval's folders (STS/STS12-en-test, "
             "STS/STSBenchmark, SICK) or folders of parquet files (sts12-sts, stsbenchmark-sts, sickr-sts)"
         )
-    return found
+    return [check_scorable(task) for task in found]
 
 
 def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
@@ -185,19 +185,20 @@ def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
 
     Raises:
         FileNotFoundError: if there is no such folder, or the SentEval folder lacks the split's file.
-        ValueError: if the split is unknown, or a row is malformed; names the file and the line.
+        ValueError: if the split is unknown, a row is malformed, or no model can be scored on the pairs, see
+            :func:`check_scorable`; names the file and the line.
         ConnectionError: if ``source`` names a data set on the hub, and the hub cannot be reached or does not have it.
     """
     _check_split(split)
     folder = Path(source)
-    if not folder.is_dir():
-        if _is_path(source):
-            raise FileNotFoundError(f"there is no folder {source}: {_LOCAL}")
-        return _from_datasets(str(source), split, f"sts-{split}")
+    if not folder.is_dir() and _is_path(source):
+        raise FileNotFoundError(f"there is no folder {source}: {_LOCAL}")
     benchmark = _benchmark_folder(folder)
     if benchmark is not None:
-        return _read_benchmark(benchmark, split)
-    return _from_datasets(str(folder), split, f"sts-{split}")
+        pairs = _read_benchmark(benchmark, split)
+    else:
+        pairs = _from_datasets(str(source), split, f"sts-{split}")
+    return check_scorable(STSTask("STS-B", (pairs,))).subsets[0]
 
 
 def _local_task(folder: Path, name: str, split: Split) -> STSTask | None:
@@ -303,6 +304,34 @@ def _from_datasets(source: str, split: Split, name: str) -> STSPairs:
     return pairs
 
 
+def check_scorable(task: STSTask) -> STSTask:
+    """Refuse a task whose correlation is undefined, whatever the model.
+
+    Args:
+        task: of checked pairs.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: if all scores are the same, or all cosines must be; names the first place.
+    """
+    problem = None
+    # A sentence has the cosine 1 with itself, whichever it is.
+    pairs = zip(task.sentences1, task.sentences2, strict=True)
+    distinct = {frozenset(pair) if pair[0] != pair[1] else None for pair in pairs}
+    if len(task) < 2:
+        problem = "is the only pair"
+    elif len(set(task.scores)) < 2:
+        problem = f"and all others have the score {task.scores[0]:g}"
+    elif len(distinct) < 2:
+        problem = "and all others are one pair of sentences, or a sentence with itself"
+    if problem:
+        place = task.places[0] if task.places else task.name
+        raise ValueError(f"{place} {problem}: a correlation with them is undefined; give a whole file of pairs")
+    return task
+
+
 def checked_pairs(name: str, source: str | Path, rows: Iterable[tuple[str, Any, Any, Any]]) -> STSPairs:
     """Pairs from rows, with their sentences' words joined by single blanks.
 
@@ -312,13 +341,15 @@ def checked_pairs(name: str, source: str | Path, rows: Iterable[tuple[str, Any, 
         rows: place, gold score and both sentences of each pair.
 
     Raises:
-        ValueError: if there is no row, a sentence is no text, or a score is not from 0 to 5; names the place.
+        ValueError: if there is no row, a sentence is no text or blank, or a score is not from 0 to 5; names the place.
     """
     places: list[str] = []
     pairs = STSPairs([], [], [], name, places)
     for where, gold, first, second in rows:
         if not (isinstance(first, str) and isinstance(second, str)):
             raise ValueError(f"{where}: the sentences are {first!r} and {second!r}, expected two texts")
+        if not first.split() or not second.split():
+            raise ValueError(f"{where}: the sentences are {first!r} and {second!r}, and a blank one has no meaning")
         pairs.scores.append(_score(gold, where))
         pairs.sentences1.append(" ".join(first.split()))
         pairs.sentences2.append(" ".join(second.split()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -67,5 +68,15 @@ def sts_evaluator(pairs: STSPairs, name: str) -> TokenizedSimilarityEvaluator:
 
 
 def spearman(evaluator: TokenizedSimilarityEvaluator, model: SentenceTransformer) -> float:
-    """The main score of a model, from -1 to 1."""
-    return float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])
+    """The main score of a model, from -1 to 1.
+
+    Raises:
+        ValueError: if it is undefined: the model gives all pairs one similarity.
+    """
+    score = float(evaluator(model)[f"{evaluator.name}_spearman_cosine"])
+    if not math.isfinite(score):
+        raise ValueError(
+            f"the score on {evaluator.name} is not a number: `model` gives all pairs of sentences the same similarity, "
+            "or embeddings that are not finite"
+        )
+    return score

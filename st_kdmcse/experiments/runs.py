@@ -21,7 +21,7 @@ from st_kdmcse.data import sha256_file
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
-from st_kdmcse.files import atomic_file, progress_bar, write_json
+from st_kdmcse.files import LOCK, atomic_file, progress_bar, write_json
 from st_kdmcse.provenance import provenance
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import TrainingOptions
@@ -33,7 +33,7 @@ Checkpoint = Literal["best", "last"]
 
 _MODULES = "modules.json"
 _WEIGHTS = "model.safetensors"
-_NOT_LOADED = {SUMMARY_NAME, RUN_NAME, "README.md"}
+_NOT_LOADED = {SUMMARY_NAME, RUN_NAME, LOCK, "README.md"}
 _CACHE = "evaluation"
 _DEFAULTS: Mapping[str, KDMCSEConfig] = {recipe: getattr(KDMCSEConfig, recipe)() for recipe in get_args(Recipe)}
 _SHARED_OPTIONS = (

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from st_kdmcse.files import write_folder
+from st_kdmcse.files import read_json, write_folder
+from st_kdmcse.training.checkpoints import METRIC, STATE_NAME, best_step, checkpoints_in, record_files, writing
 from st_kdmcse.training.trainer import KDMCSETrainer
 
 logger = logging.getLogger(__name__)
-
-METRIC = "eval_sts-dev_spearman_cosine"
-"""What the best model is chosen by: the Spearman correlation on STS-B dev."""
 
 _SECONDS_BETWEEN_CHECKPOINTS = 600
 
@@ -117,11 +115,10 @@ class KeepBest(TrainerCallback):
 
     def restore(self, state: TrainerState) -> None:
         """Find what was kept up to the checkpoint of this state; later steps are computed again."""
-        scores = {f"best-{entry['step']}": entry[METRIC] for entry in state.log_history if METRIC in entry}
-        self.path = max(
-            (path for path in self._folders() if path.name in scores), key=lambda path: scores[path.name], default=None
-        )
-        self._score = scores[self.path.name] if self.path else -math.inf
+        best = best_step(state.log_history)
+        self.path = None if best is None else self._checkpoints / f"best-{best}"
+        scores = (entry[METRIC] for entry in state.log_history if METRIC in entry and entry["step"] == best)
+        self._score = next(scores, -math.inf)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Go on with what was kept before."""
@@ -139,14 +136,20 @@ class KeepBest(TrainerCallback):
         if METRIC not in metrics or not metrics[METRIC] > self._score or not state.is_world_process_zero:
             return
         path = self._checkpoints / f"best-{state.global_step}"
-        write_folder(path, self._trainer.save_weights)
+        with writing(path):
+            write_folder(path, self._save)
         self.path, self._score = path, metrics[METRIC]
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Delete earlier bests, which no checkpoint needs any more."""
-        for path in self._folders():
-            if self.path is not None and path != self.path:
+        """Delete earlier bests that no checkpoint needs any more."""
+        if self.path is None:
+            return
+        states = (read_json(path / STATE_NAME, "delete its folder") for path in checkpoints_in(self._checkpoints))
+        kept = {self.path.name, *(f"best-{best_step(state['log_history'])}" for state in states)}
+        for path in self._checkpoints.glob("best-*"):
+            if path.name not in kept and path.name[len("best-") :].isdecimal():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _folders(self) -> list[Path]:
-        return [path for path in self._checkpoints.glob("best-*") if path.name[len("best-") :].isdigit()]
+    def _save(self, folder: Path) -> None:
+        self._trainer.save_weights(folder)
+        record_files(folder)

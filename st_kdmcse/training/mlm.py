@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -21,28 +22,37 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
 from st_kdmcse.data import read_sentences, sha256_file
-from st_kdmcse.files import write_json
+from st_kdmcse.files import locked, write_json
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import cpu_only, device_type
 from st_kdmcse.provenance import device_name, versions
 from st_kdmcse.training.callbacks import EvaluateAtEnd, Interrupted, SaveByTime, StopOnSignal
+from st_kdmcse.training.checkpoints import (
+    KeepTwoCheckpoints,
+    RecordCheckpoints,
+    latest_checkpoint,
+    removing_partial,
+    step_of,
+    writing,
+)
 from st_kdmcse.training.inputs import encoder_type
 from st_kdmcse.training.run_folder import (
     CHECKPOINTS_NAME,
+    RUN_NAME,
     SUMMARY_NAME,
     check_output_dir,
-    claim_run,
-    latest_checkpoint,
+    claim_student,
     precision_to_resume,
+    run_to_go_on,
+    save_into,
 )
-from st_kdmcse.training.student import build_student
+from st_kdmcse.training.student import build_student, student_checksums
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,9 @@ def make_raw_student(options: MaskingOptions) -> dict[str, Any]:
         The content of ``training_summary.json``.
 
     Raises:
-        ValueError, FileNotFoundError: for input that cannot be trained on.
+        ValueError, FileNotFoundError: for input that cannot be trained on; ValueError also if another process trains in
+            the folder.
+        OSError: if something could not be written, such as to a full disk; the newest whole checkpoint stays.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
     check_output_dir(options.output_dir, options.resume, extracts=False)
@@ -114,33 +126,44 @@ def make_raw_student(options: MaskingOptions) -> dict[str, Any]:
     if not options.text.exists():
         raise FileNotFoundError(f"`text` {options.text} does not exist")
     sentences = read_sentences(options.text, options.text_column)
+    with locked(options.output_dir):
+        return _train(options, sentences)
+
+
+def _train(options: MaskingOptions, sentences: Dataset) -> dict[str, Any]:
+    """Train in a folder that is locked."""
     bf16 = bfloat16_is_faster(device_type()) if options.bf16 is None else options.bf16
     recorded = json.loads(json.dumps(asdict(options), default=str))
     checksums = {"text": sha256_file(options.text)}
-    claim_run(options.output_dir, {"options": recorded, "processes": 1, "bf16": bf16, "data_sha256": checksums})
-
-    checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
-    steps_done = 0
-    if checkpoint is not None:
-        steps_done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    checkpoints = options.output_dir / CHECKPOINTS_NAME
+    checkpoint = latest_checkpoint(checkpoints) if options.resume else None
+    steps_done = step_of(checkpoint) if checkpoint else 0
+    record = {"options": recorded, "processes": 1, "bf16": bf16, "data_sha256": checksums}
+    run = run_to_go_on(options.output_dir, record, steps_done)
     is_over = steps_done >= options.max_steps  # a run that was killed after its last checkpoint
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.mask_token is None:
         raise ValueError(f"`model` {options.model} has no mask token: use an encoder such as BERT or RoBERTa")
     with _quietly():
-        network = AutoModelForMaskedLM.from_pretrained(checkpoint if is_over else options.model).float()
+        network = AutoModelForMaskedLM.from_pretrained(options.model).float()
+    claim_student(options.output_dir, run, student_checksums(network.base_model, tokenizer))
+    with writing(options.output_dir / RUN_NAME):
+        write_json(options.output_dir / RUN_NAME, run)
+    if is_over:
+        with _quietly():
+            network = AutoModelForMaskedLM.from_pretrained(checkpoint).float()
     stop = StopOnSignal()
     trainer = _MaskedTrainer(
         network,
         _arguments(options, bf16),
         _Masking(tokenizer, mlm_probability=options.masked),
         sentences.with_transform(_tokenizing(tokenizer, options.max_seq_length)),
-        callbacks=[stop, EvaluateAtEnd(), SaveByTime()],
+        callbacks=[stop, EvaluateAtEnd(), SaveByTime(), RecordCheckpoints(), KeepTwoCheckpoints()],
     )
     started = time.perf_counter()
     if not is_over:
-        with stop.listening():
+        with stop.listening(), removing_partial(checkpoints):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     if stop.requested and trainer.state.global_step < options.max_steps:
@@ -157,7 +180,8 @@ def make_raw_student(options: MaskingOptions) -> dict[str, Any]:
         "device": device_name(),
         "versions": versions(),
     }
-    write_json(options.output_dir / SUMMARY_NAME, summary)
+    with writing(options.output_dir / SUMMARY_NAME):
+        write_json(options.output_dir / SUMMARY_NAME, summary)
     shutil.rmtree(options.output_dir / CHECKPOINTS_NAME, ignore_errors=True)
     return summary
 
@@ -214,7 +238,6 @@ def _arguments(options: MaskingOptions, bf16: bool) -> TrainingArguments:
         use_cpu=cpu_only(),
         save_strategy="steps",
         save_steps=options.save_steps,
-        save_total_limit=2,
         logging_steps=25,
         report_to="none",
         remove_unused_columns=False,  # the sentences are tokenized when a batch is drawn
@@ -234,4 +257,5 @@ def _save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options:
     with tempfile.TemporaryDirectory() as folder, _quietly():
         network.base_model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        build_student(folder, options.max_seq_length).save_pretrained(str(options.output_dir), create_model_card=False)
+        student = build_student(folder, options.max_seq_length)
+        save_into(options.output_dir, lambda into: student.save_pretrained(str(into), create_model_card=False))

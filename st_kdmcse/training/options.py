@@ -196,7 +196,6 @@ class TrainingOptions:
             eval_steps=self.eval_steps if evaluates else None,
             save_strategy="steps",
             save_steps=self.save_steps,
-            save_total_limit=2,
             logging_steps=25,
             logging_nan_inf_filter=False,  # the filter would wait for the device at each step
             report_to=self.report_to,

@@ -6,20 +6,31 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import TrainerState, set_seed
 
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator, spearman, sts_evaluator
-from st_kdmcse.files import read_json, write_json
+from st_kdmcse.files import locked, read_json, write_json
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.grounded import GroundedLoss
 from st_kdmcse.precision import autocast
 from st_kdmcse.processes import processes
-from st_kdmcse.training.callbacks import METRIC, EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
+from st_kdmcse.training.callbacks import EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
+from st_kdmcse.training.checkpoints import (
+    METRIC,
+    STATE_NAME,
+    KeepTwoCheckpoints,
+    latest_checkpoint,
+    removing_partial,
+    step_of,
+    writing,
+)
 from st_kdmcse.training.head_init import align_heads
 from st_kdmcse.training.inputs import TrainingInputs, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
@@ -31,13 +42,14 @@ from st_kdmcse.training.run_folder import (
     SUMMARY_NAME,
     changes_of_run,
     check_output_dir,
-    claim_run,
+    claim_student,
     copy_model,
-    latest_checkpoint,
     precision_to_resume,
+    run_to_go_on,
+    save_into,
 )
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student
+from st_kdmcse.training.student import build_student, student_checksums
 from st_kdmcse.training.summary import BestScores, run_record, training_summary
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
 from st_kdmcse.training.trainer import KDMCSETrainer
@@ -60,7 +72,8 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
 
     Raises:
         ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded; ValueError also
-            if training has diverged.
+            if another process trains in the folder, or training has diverged.
+        OSError: if something could not be written, such as to a full disk; the newest whole checkpoint stays.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
     state = processes()
@@ -71,11 +84,24 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
     arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
     inputs = TrainingInputs.load(options, state)
-    checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
+    with locked(options.output_dir) if state.is_main_process else nullcontext():
+        return _train(options, arguments, inputs, state, stop or StopOnSignal())
+
+
+def _train(
+    options: TrainingOptions,
+    arguments: SentenceTransformerTrainingArguments,
+    inputs: TrainingInputs,
+    state: PartialState,
+    stop: StopOnSignal,
+) -> dict[str, Any]:
+    """Train in a folder that is locked, on inputs that are checked."""
+    checkpoints = options.output_dir / CHECKPOINTS_NAME
+    checkpoint = latest_checkpoint(checkpoints) if options.resume else None
     run: dict[str, Any] = {}
     if state.is_main_process:
         record = run_record(options, inputs.checksums, arguments)
-        run = claim_run(options.output_dir, record, _state_of(checkpoint).global_step if checkpoint else 0)
+        run = run_to_go_on(options.output_dir, record, step_of(checkpoint) if checkpoint else 0)
     state.wait_for_everyone()
 
     set_seed(options.seed)
@@ -90,11 +116,13 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     )
     filters = _announce_filters(loss) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
-    if evaluator and "score_before" not in run and state.is_main_process:
-        with autocast("bfloat16" if arguments.bf16 else "float32", model.device):  # as all scores of the curve
-            run["score_before"] = spearman(evaluator, model)
-        write_json(options.output_dir / RUN_NAME, run)
-    stop = stop or StopOnSignal()
+    if state.is_main_process:
+        claim_student(options.output_dir, run, student_checksums(model[0].auto_model, model.tokenizer))
+        if evaluator and "score_before" not in run:
+            with autocast("bfloat16" if arguments.bf16 else "float32", model.device):  # as all scores of the curve
+                run["score_before"] = spearman(evaluator, model)
+        with writing(options.output_dir / RUN_NAME):
+            write_json(options.output_dir / RUN_NAME, run)
     trainer = KDMCSETrainer(
         model,
         arguments,
@@ -111,14 +139,15 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     )
     if options.head_init == "ridge" and checkpoint is None and state.is_main_process and isinstance(loss, GroundedLoss):
         align_heads(loss, pair_rows(inputs.sources["pairs"]))  # the other processes get these heads
-    best = KeepBest(options.output_dir / CHECKPOINTS_NAME, trainer) if evaluator else None
+    trainer.add_callback(KeepTwoCheckpoints())
+    best = KeepBest(checkpoints, trainer) if evaluator else None
     if best:
         trainer.add_callback(best)
     started = time.perf_counter()
-    with stop.listening():
+    with stop.listening(), removing_partial(checkpoints):
         _train_from(trainer, checkpoint, best)
     seconds = time.perf_counter() - started
-    last = latest_checkpoint(options.output_dir)
+    last = checkpoints / f"checkpoint-{trainer.state.global_step}"
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped; {last} holds everything: run the same command with `resume` to go on")
     summary: dict[str, Any] = {}
@@ -127,7 +156,8 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         scores = _load_best(trainer, evaluator, best, inputs)
         _save(trainer, options.output_dir, last if evaluator else None)
         summary = training_summary(options, trainer, run, inputs, scores, filters, seconds)
-        write_json(options.output_dir / SUMMARY_NAME, summary)
+        with writing(options.output_dir / SUMMARY_NAME):
+            write_json(options.output_dir / SUMMARY_NAME, summary)
     state.wait_for_everyone()
     return summary
 
@@ -181,7 +211,7 @@ def _train_from(trainer: KDMCSETrainer, checkpoint: Path | None, best: KeepBest 
 
 
 def _state_of(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return TrainerState.load_from_json(str(checkpoint / STATE_NAME))
 
 
 def _check_converged(trainer: KDMCSETrainer) -> None:
@@ -212,7 +242,11 @@ def _load_best(
 
 def _save(trainer: KDMCSETrainer, output_dir: Path, last: Path | None) -> None:
     """Save the model that is loaded, and beside it that of the last checkpoint."""
-    trainer.save_model(str(output_dir))
-    (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
+
+    def save(folder: Path) -> None:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
+
+    save_into(output_dir, save)
     if last is not None:
         copy_model(last, output_dir / LAST_NAME)

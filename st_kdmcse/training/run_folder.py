@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from st_kdmcse.files import read_json, write_json
+from st_kdmcse.files import LOCK, read_json, write_folder
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import device_type
 from st_kdmcse.provenance import differences
+from st_kdmcse.training.checkpoints import RECORD_NAME, checkpoints_in, writing
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _STATE_FILES = (
     "rng_state*.pth",
     "trainer_state.json",
     "training_args.bin",
+    RECORD_NAME,
 )
 
 # Options that may differ between a run and its resumption: they do not change what is computed, or their content is
@@ -54,7 +56,7 @@ def check_output_dir(output_dir: Path, resume: bool, extracts: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`output_dir` {output_dir} is a file")
     found = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
-    found = {name for name in found if not name.endswith(".tmp")}  # a file that was being written at a kill
+    found = {name for name in found if not name.endswith(".tmp") and name != LOCK}  # .tmp: being written at a kill
     if extracts and found and all(name.startswith(FEATURES_NAME) for name in found):
         return  # an extraction that was interrupted or finished, and no training yet
     if resume:
@@ -93,11 +95,11 @@ def precision_to_resume(output_dir: Path, bf16: bool | None) -> bool | None:
     return recorded
 
 
-def claim_run(output_dir: Path, record: Mapping[str, Any], step: int = 0) -> dict[str, Any]:
-    """Write the record of a new run into its folder, or read that of the run which is resumed.
+def run_to_go_on(output_dir: Path, record: Mapping[str, Any], step: int = 0) -> dict[str, Any]:
+    """The record of a new run, or of the one that is resumed; :data:`RUN_NAME` is to hold it.
 
     Args:
-        output_dir: the folder; it is made.
+        output_dir: the folder, locked.
         record: "options", "processes", "bf16" and "data_sha256" of the run, for JSON.
         step: that a run is resumed from. If it goes from bfloat16 to float32 there, its record says so from now on
             ("bf16_until_step").
@@ -106,15 +108,25 @@ def claim_run(output_dir: Path, record: Mapping[str, Any], step: int = 0) -> dic
         The record that the run was started with.
 
     Raises:
-        ValueError: if a run with other options or data was started here; names each difference.
+        ValueError: if a run with other options or data was started here; names each difference. Also if an earlier
+            version started it, whose checkpoints have no record of their files.
     """
     path = output_dir / RUN_NAME
-    for left in output_dir.glob(".*.tmp"):  # files that were being written at a kill
-        left.unlink()
+    for left in output_dir.glob(".*.tmp"):  # what was being written at a kill
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
     if not path.is_file():
-        write_json(path, record)
         return dict(record)
+    if not record["options"]["resume"]:
+        raise ValueError(f"another process has trained in {output_dir} in the meantime: choose another directory")
     earlier = read_json(path, _DAMAGED)
+    if "student_sha256" not in earlier and checkpoints_in(output_dir / CHECKPOINTS_NAME):
+        raise ValueError(
+            f"the run in {output_dir} was started by an earlier version of st-kdmcse, whose checkpoints cannot be "
+            "checked: go on with that version, or choose another directory and train again"
+        )
     in_float32 = bool(earlier.get("bf16")) and not record["bf16"]
     if in_float32:
         earlier |= {"bf16": False, "bf16_until_step": step}
@@ -126,8 +138,27 @@ def claim_run(output_dir: Path, record: Mapping[str, Any], step: int = 0) -> dic
         )
     if in_float32:
         logger.warning("the run was begun in bfloat16 and goes on in float32 from step %d", step)
-        write_json(path, earlier)
     return earlier
+
+
+def claim_student(output_dir: Path, run: dict[str, Any], student: Mapping[str, str]) -> None:
+    """Enter the untrained student into the record of a run, or compare it with the one that the run was started with.
+
+    Args:
+        output_dir: the folder of the run.
+        run: its record.
+        student: SHA-256 of the parts of the student by name.
+
+    Raises:
+        ValueError: if it is another student; names the parts.
+    """
+    earlier = run.setdefault("student_sha256", dict(student))
+    changed = [name for name, checksum in student.items() if earlier.get(name) != checksum]
+    if changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} at `model` have changed since the run in {output_dir} was started: "
+            "restore them, or choose another directory"
+        )
 
 
 def changes_of_run(path: Path, earlier: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
@@ -155,24 +186,24 @@ def changes_of_run(path: Path, earlier: Mapping[str, Any], record: Mapping[str, 
     ]
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None.
+def save_into(output_dir: Path, save: Callable[[Path], object]) -> None:
+    """Save a model into the folder of a run, beside what is there; of one that cannot be saved, nothing stays.
 
     Args:
-        output_dir: the folder of the run.
+        output_dir: the folder.
+        save: writes the model into a folder that it gets.
     """
-    complete = []
-    for path in (output_dir / CHECKPOINTS_NAME).glob("checkpoint-*"):
-        # The trainer's state is written after everything else: with it, a checkpoint is whole.
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete; an earlier checkpoint is used", path)
-            continue
-        complete.append((int(path.name.rpartition("-")[2]), path))
-    return max(complete)[1] if complete else None
+    with writing(output_dir), TemporaryDirectory(dir=output_dir, prefix=".model.", suffix=".tmp") as folder:
+        save(Path(folder))
+        for path in Path(folder).iterdir():
+            target = output_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
 
 
 def copy_model(checkpoint: Path, target: Path) -> None:
     """Copy the model of a checkpoint, without the state of the trainer."""
-    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*_STATE_FILES), dirs_exist_ok=True)
+    ignored = shutil.ignore_patterns(*_STATE_FILES)
+    with writing(target):
+        write_folder(target, lambda folder: shutil.copytree(checkpoint, folder, ignore=ignored, dirs_exist_ok=True))

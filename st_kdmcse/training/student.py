@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import batch_to_device
 from torch import nn
+from transformers import PretrainedConfig
+
+from st_kdmcse.provenance import parameters_checksum
 
 PoolingMode = Literal["cls", "mean"]
 
@@ -47,6 +52,29 @@ def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingM
     return student
 
 
+def student_checksums(encoder: nn.Module, tokenizer: Any) -> dict[str, str]:
+    """What a training starts from, whatever its folder is called: SHA-256 of weights, configuration and tokenizer.
+
+    Args:
+        encoder: of transformers.
+        tokenizer: that belongs to it.
+    """
+    config: PretrainedConfig = encoder.config
+    ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+    settings = {name: value for name, value in config.to_diff_dict().items() if name not in ignored}
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        vocabulary = sorted(tokenizer.get_vocab().items())
+    else:
+        vocabulary = json.loads(fast.to_str())
+        del vocabulary["truncation"], vocabulary["padding"]  # those of the last call
+    return {
+        "weights": parameters_checksum(encoder),
+        "configuration": _checksum(settings),
+        "tokenizer": _checksum(vocabulary),
+    }
+
+
 def views_differ(student: SentenceTransformer) -> bool:
     """Whether a sentence has another embedding each time in training, from which the text loss learns.
 
@@ -61,6 +89,10 @@ def views_differ(student: SentenceTransformer) -> bool:
         first, second = (student(dict(features))["sentence_embedding"] for _ in range(2))
     student.train(was_training)
     return not torch.equal(first, second)
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _positions(encoder: nn.Module) -> int | None:

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from st_kdmcse.processes import peak_memory_mib
 from st_kdmcse.provenance import device_name, versions
-from st_kdmcse.training.callbacks import METRIC
+from st_kdmcse.training.checkpoints import METRIC
 from st_kdmcse.training.inputs import TrainingInputs
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.thresholds import BranchFilter

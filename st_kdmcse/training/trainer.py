@@ -27,6 +27,7 @@ from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.training.card import describe_training
+from st_kdmcse.training.checkpoints import RECORD_NAME, RecordCheckpoints, check_files
 from st_kdmcse.training.collator import KDMCSEDataCollator
 from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler, pair_rows
 from st_kdmcse.training.student import views_differ
@@ -50,6 +51,7 @@ class KDMCSETrainer(HookedTrainer):
       and ``row``) is drawn as in Algorithm 1, see :class:`~st_kdmcse.training.schedule.StepRatioBatchSampler`.
     - **Heads** are saved in each checkpoint (folder ``heads``), restored by ``resume_from_checkpoint`` and
       ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
+    - **Checkpoints** get a record of their files (``checksums.json``), and one that is damaged is not resumed from.
     - **Sentences** are tokenized once, ahead of training, into a memory-mapped file that later runs use again. Where
       such a batch would differ from the collator's, the collator makes it.
     - **Padding** is left out of what the student computes where its encoder allows that, see
@@ -127,6 +129,7 @@ class KDMCSETrainer(HookedTrainer):
             in_parts |= self.args.gradient_accumulation_steps > 1
             check_compilation(self.args.torch_compile_mode, self.unpad, in_parts)
         self.add_callback(_Prepare(self))
+        self.add_callback(RecordCheckpoints())
 
     @property
     def head_losses(self) -> list[TwoViewLoss]:
@@ -319,7 +322,9 @@ class KDMCSETrainer(HookedTrainer):
         describe_training(directory, self.head_losses)
 
     def load_extra(self, directory: Path) -> None:
-        """Load the heads."""
+        """Load the heads, if no file of the folder is missing or damaged, as far as it has a record of them."""
+        if (directory / RECORD_NAME).is_file():
+            check_files(directory)
         for path, loss in self._head_paths(directory):
             loss.load_heads(path)
 

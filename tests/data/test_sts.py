@@ -50,8 +50,10 @@ def test_real_rows_and_roots(shared_data):
 )
 def test_senteval_roots(tmp_path, root):
     (tmp_path / root).mkdir(parents=True, exist_ok=True)
-    (tmp_path / root / "sts-dev.csv").write_text(ROW.format(score=2.5, one="a", two="b"))
-    assert load_sts_benchmark(tmp_path, "dev").scores == [2.5]
+    (tmp_path / root / "sts-dev.csv").write_text(
+        ROW.format(score=2.5, one="a", two="b") + ROW.format(score=0, one="a", two="c")
+    )
+    assert load_sts_benchmark(tmp_path, "dev").scores == [2.5, 0]
 
 
 def test_quotes_line_ends_and_further_columns(senteval):
@@ -74,12 +76,36 @@ def test_quotes_line_ends_and_further_columns(senteval):
         (ROW.format(score="nan", one="a", two="b"), "the score 'nan' is not"),
         (ROW.format(score="5.1", one="a", two="b"), "the score '5.1' is not"),
         (ROW.format(score="-1", one="a", two="b"), "the score '-1' is not"),
+        (ROW.format(score="1", one="  ", two="b"), "the sentences are '  ' and 'b', and a blank one"),
     ],
 )
 def test_malformed_rows_are_named(senteval, row, message):
     folder = senteval(ROW.format(score=1, one="a", two="b"), row)
     with pytest.raises(ValueError, match=rf"sts-dev.csv, line 2: {message}"):
         load_sts_benchmark(folder, "dev")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(3, "a", "b")], "the only pair"),
+        ([(3, "a", "b"), (3, "c", "d")], "all others have the score 3"),
+        ([(3, "a", "b"), (4, "b", "a"), (5, "a", "b")], "are one pair of sentences"),
+        ([(3, "a", "a"), (4, "b", "b")], "a sentence with itself"),
+    ],
+)
+def test_pairs_that_no_model_can_be_scored_on_are_refused(senteval, rows, message):
+    folder = senteval(*(ROW.format(score=score, one=one, two=two) for score, one, two in rows))
+    for load in (load_sts_benchmark, lambda source, split: load_sts_tasks(source, ["STS-B"], split)):
+        with pytest.raises(ValueError, match=f"sts-dev.csv, line 1 .*{message}"):
+            load(folder, "dev")
+
+
+def test_a_year_of_one_score_is_refused_and_a_subset_of_one_is_not(sts13):
+    with pytest.raises(ValueError, match=r"line 1 and all others have the score 2"):
+        load_sts_tasks(sts13(gold="2\n\n2\n"))
+    (task,) = load_sts_tasks(sts13(gold="1\n\n1\n"))
+    assert set(task.subsets[2].scores) == {1.0}
 
 
 def test_other_encodings_are_named(tmp_path):
@@ -107,7 +133,7 @@ def parquet(folder, **splits):
 
 
 def pairs_table(*scores):
-    return {"sentence1": ["a"] * len(scores), "sentence2": ["b"] * len(scores), "score": scores}
+    return {"sentence1": ["a"] * len(scores), "sentence2": [f"b{n}" for n in range(len(scores))], "score": scores}
 
 
 def test_parquet_folder(tmp_path):
@@ -115,7 +141,7 @@ def test_parquet_folder(tmp_path):
         tmp_path / "stsb",
         train=pairs_table(0.0, 2.5, 5.0),
         validation={"sentence1": ["one", "two"], "sentence2": ["eins", "zwei"], "score": [0.5, 1.0]},
-        test=pairs_table(0.2),
+        test=pairs_table(0.2, 0.4),
     )
     dev = load_sts_benchmark(folder, "dev")
     assert (dev.sentences1, dev.sentences2, dev.scores, dev.name) == (
@@ -124,7 +150,7 @@ def test_parquet_folder(tmp_path):
         [2.5, 5.0],
         "sts-dev",
     )
-    assert load_sts_benchmark(str(folder), "test").scores == [1.0]
+    assert load_sts_benchmark(str(folder), "test").scores == [1.0, 2.0]
     assert load_sts_benchmark(folder, "train").scores == [0.0, 2.5, 5.0]
 
 

@@ -9,7 +9,7 @@ from small_runs import options, write_data
 from st_kdmcse.experiments.grid import method_grid
 from st_kdmcse.experiments.workers import train_side_by_side
 from st_kdmcse.training.callbacks import Interrupted
-from st_kdmcse.training.run_folder import latest_checkpoint
+from st_kdmcse.training.checkpoints import latest_checkpoint
 
 
 @pytest.fixture
@@ -35,5 +35,5 @@ def test_ctrl_c_stops_all_runs_with_a_checkpoint(runs):
     with pytest.raises(Interrupted, match="the same command goes on from there"):
         list(train_side_by_side(runs, train_and_interrupt, lambda _: None, 2))
     assert multiprocessing.active_children() == []
-    assert latest_checkpoint(runs[0].output_dir) is not None
+    assert latest_checkpoint(runs[0].output_dir / "checkpoints") is not None
     assert not runs[2].output_dir.exists()

@@ -1,5 +1,6 @@
 """Two gloo processes of half the batch against one process of the whole batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def test_processes_draw_from_one_source_at_a_time_and_never_the_same_rows(folder
 def test_resuming_in_the_second_epoch_is_exact_on_two_processes(folder):
     # An epoch has 8 steps; checkpoint 14 lies in the second.
     whole = run(folder, 2, steps=18, batch=8, lr=0.1)
+    record = json.loads((folder / "run-2/checkpoint-14/checksums.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} < record.keys()
     resumed = run(folder, 2, steps=18, batch=8, lr=0.1, resume=14)
     for before, after in zip(whole, resumed, strict=True):
         assert [str(labels) for labels in before["labels"][14:]] == [str(labels) for labels in after["labels"]]

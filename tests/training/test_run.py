@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import WORDS, copy_tree, free_port
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse import FeatureStore, KDMCSELoss, build_student
@@ -24,10 +24,10 @@ from st_kdmcse.data import load_sts_benchmark, true_pair_score
 from st_kdmcse.evaluation.similarity import spearman, sts_evaluator
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset
 from st_kdmcse.files import sha256_file
+from st_kdmcse.training.checkpoints import latest_checkpoint
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run import changes_since_start, train
-from st_kdmcse.training.run_folder import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "training"))
@@ -315,6 +315,11 @@ def damage(path, change):
     path.write_bytes(bytes(content))
 
 
+def one_score(path):
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    path.write_text("".join("\t".join([*row[:4], "3", *row[5:]]) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize(
     ("prepare", "changes", "message"),
     [
@@ -346,6 +351,7 @@ def damage(path, change):
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__delitem__(slice(-8, None))), {}, "whole"),
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__setitem__(-3, c[-3] ^ 1)), {}, "SHA-256"),
         (lambda d: (d / "STS" / "STSBenchmark" / "sts-dev.csv").write_text("a\tb\n"), {}, "sts-dev.csv"),
+        (lambda d: one_score(d / "STS" / "STSBenchmark" / "sts-test.csv"), {}, "sts-test.csv, line 1 and all others"),
     ],
 )
 def test_bad_input_is_refused_before_any_model_is_loaded(
@@ -422,6 +428,16 @@ def test_other_data_are_noticed(data, tiny_bert, tmp_path):
     assert with_features == ["the features data have changed", "the sts-test data have changed"]
 
 
+def test_a_student_that_cannot_be_scored_is_refused_and_the_folder_stays_free(arguments, tiny_bert, tmp_path):
+    folder = copy_tree(tiny_bert, tmp_path / "collapsed")
+    state = load_file(folder / "model.safetensors")
+    save_file({name: value * 0 for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    result = run(arguments(model=folder))
+    assert result.exit_code == 2, result.output
+    assert "the score on sts-dev is not a number: --model gives all pairs" in result.output
+    assert run(arguments(method="simcse", **{"max-steps": 3})).exit_code == 0
+
+
 def test_a_file_that_was_being_written_at_a_kill_is_no_obstacle(arguments, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.run.json.0f.tmp").write_text("{")
@@ -494,12 +510,13 @@ def test_ctrl_c_and_kill_cost_nothing(arguments, tmp_path):
     assert stopped.returncode == 130, stopped.stdout[-3000:]
     assert "with --resume to go on" in stopped.stdout
     assert not (out / "training_summary.json").exists()
-    assert latest_checkpoint(out).name == "checkpoint-9"  # the signal ends the step after it
+    assert latest_checkpoint(out / "checkpoints").name == "checkpoint-9"  # the signal ends the step after it
 
-    killed = signalled("checkpoint-16/trainer_state.json", "kill", arguments(**flags, resume=True))
-    assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    assert (out / "checkpoints/checkpoint-16/model.safetensors").is_file()
-    assert latest_checkpoint(out).name == "checkpoint-12"
+    for last_written in ("trainer_state.json", "checksums.json"):
+        killed = signalled(f"checkpoint-16/{last_written}", "kill", arguments(**flags, resume=True))
+        assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
+        assert (out / "checkpoints/checkpoint-16/model.safetensors").is_file()
+        assert latest_checkpoint(out / "checkpoints").name == "checkpoint-12"
 
     resumed = signalled("nowhere", "kill", arguments(**flags, resume=True))
     assert resumed.returncode == 0, resumed.stdout[-3000:]
@@ -603,16 +620,6 @@ def test_other_data_sets_are_other_defaults(arguments, tmp_path, extraction, scr
     assert json.loads((tmp_path / "own" / "training_summary.json").read_text())["config"]["multimodal_weight"] == 0.2
     flags = arguments(**{"output-dir": tmp_path / "text", "method": "simcse"})
     assert CliRunner().invoke(command, flags).exit_code == 0
-
-
-def test_an_incomplete_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((10, "{}"), (20, '{"global'), (30, None)):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert latest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_help_lists_every_option_with_both_recipes():

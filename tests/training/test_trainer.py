@@ -117,11 +117,12 @@ def test_resuming_in_the_second_epoch_keeps_the_order(tiny_bert, sentences, stor
     assert all(torch.equal(torch.as_tensor(expected[name]), torch.as_tensor(actual[name])) for name in expected)
 
 
-def test_without_its_heads_a_checkpoint_is_not_resumed(tiny_bert, sentences, store, tmp_path):
+@pytest.mark.parametrize("name", ["heads/heads.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_without_one_of_its_files_a_checkpoint_is_not_resumed(tiny_bert, sentences, store, tmp_path, name):
     data = sources(sentences, store)
     make_trainer(tiny_bert, tmp_path, data, store, max_steps=5).train()
-    (tmp_path / "checkpoint-5" / "heads" / "heads.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="heads"):
+    (tmp_path / "checkpoint-5" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
         make_trainer(tiny_bert, tmp_path, data, store).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
