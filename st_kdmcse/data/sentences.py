@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets import config as datasets_config
 
+from st_kdmcse.data.lines import named_errors, read_lines
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.files import atomic_file, byte_progress, is_gzip, is_parquet, sha256_file
 
@@ -28,7 +24,6 @@ logger = logging.getLogger(__name__)
 _IN_MEMORY_BYTES = 1 << 26
 _CHUNK_ROWS = 1 << 16
 _CHUNK_CHARACTERS = 1 << 24
-_LINE_BYTES = 1 << 24
 _PARQUET_ROWS = 1 << 13
 _BUFFER_BYTES = 1 << 20
 _CACHE_VERSION = 1  # counted up when the same file would give other sentences
@@ -156,46 +151,6 @@ def _sentences(path: Path, column: str | None, deduplicate: bool, on_bytes: Call
         logger.info("%s: left out %d repeated sentences", path, repeated)
 
 
-def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or gzip, with their ends.
-
-    Args:
-        path: the file.
-        on_bytes: called now and then with the number of bytes read since the last call.
-
-    Raises:
-        ValueError: for a damaged file or one that is not UTF-8 text; names the file and the line.
-    """
-    with named_errors(path), path.open("rb") as file:
-        stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if is_gzip(path) else file
-        reported = 0
-        for number, line in enumerate(iter(partial(stream.readline, _LINE_BYTES), b""), start=1):
-            yield _decode(line, path, number)
-            if number % _CHUNK_ROWS == 0:
-                on_bytes(file.tell() - reported)
-                reported = file.tell()
-        on_bytes(file.tell() - reported)
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
-    if b"\0" in line:
-        raise ValueError(
-            f"{path}, line {number}: a NUL byte, so this is a binary file or not UTF-8; convert it, for example with "
-            "`iconv -f utf-16 -t utf-8`"
-        )
-    if len(line) == _LINE_BYTES:
-        raise ValueError(
-            f"{path}, line {number}: more than {_LINE_BYTES >> 20} MiB without a line end; write one sentence a line"
-        )
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file, "
-            "for example with `iconv -f latin-1 -t utf-8`"
-        ) from error
-
-
 def _rows(path: Path, column: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
     """The values of a column; a missing one is empty."""
     # With a buffer, and not ahead of time: else a whole row group is in memory, and a file may be a single one.
@@ -216,19 +171,6 @@ def _rows(path: Path, column: str, on_bytes: Callable[[int], object]) -> Iterato
                 row += 1
             on_bytes(size * row // rows - reported)
             reported = size * row // rows
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of gzip and Parquet about a damaged file into a ValueError that names it."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path} is cut off, damaged or no gzip file ({error}): download or compress it again"
-        ) from error
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged or cannot be read ({error}): download or write it again") from error
 
 
 def _batches(sentences: Iterator[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from st_kdmcse.data.lines import named_errors
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.data.sentences import named_errors
-from st_kdmcse.files import byte_progress, sha256_file
-from st_kdmcse.search.base import MAX_ID_LENGTH, control_character
-from st_kdmcse.search.table_formats import (
+from st_kdmcse.data.tables import (
     ColumnKind,
     OnBytes,
     Row,
@@ -28,6 +26,8 @@ from st_kdmcse.search.table_formats import (
     rows_of,
     shown,
 )
+from st_kdmcse.files import byte_progress, sha256_file
+from st_kdmcse.search.base import MAX_ID_LENGTH, control_character
 
 OnEmpty = Literal["skip", "raise"]
 

@@ -12,6 +12,7 @@ from datasets import config as datasets_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from st_kdmcse.data import lines as lines_module
 from st_kdmcse.data import sentences as sentences_module
 from st_kdmcse.data.sentences import iter_sentences, read_sentences
 
@@ -142,7 +143,7 @@ def test_binary_files_are_refused(tmp_path):
 
 
 def test_lines_without_end_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sentences_module, "_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(lines_module, "_LINE_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="line 2: more than 1 MiB without a line end"):
         read_sentences(write(tmp_path, b"fine\n" + b"a" * (1 << 21)))
 

@@ -14,24 +14,14 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from st_kdmcse.data.sentences import named_errors, read_lines
+from st_kdmcse.data.lines import named_errors, read_lines
 from st_kdmcse.files import is_parquet
 
 OnBytes = Callable[[int], object]
-
-
 ColumnKind = Literal["text", "plain", "other"]
-
-
 _JSON_ROWS_FOR_COLUMNS = 100
-
-
 _FIELD_CHARACTERS = 1 << 24
-
-
 _PARQUET_ROWS = 1 << 12
-
-
 _BUFFER_BYTES = 1 << 20
 
 
