@@ -7,20 +7,20 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from st_kdmcse.files import is_gzip
+from st_kdmcse.files import foreign_content, is_gzip
 
 _LINE_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 16
 _LINES_BETWEEN_REPORTS = 1 << 16
 
 
 def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or gzip, with their ends.
+    """The lines of a UTF-8 file, plain or gzip, with their ends: a line feed, a carriage return, or both.
 
     Args:
         path: the file.
@@ -31,13 +31,41 @@ def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
     """
     with named_errors(path), path.open("rb") as file:
         stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if is_gzip(path) else file
+        refuse_foreign(path, stream.peek(1))
         reported = 0
-        for number, line in enumerate(iter(partial(stream.readline, _LINE_BYTES), b""), start=1):
+        for number, line in enumerate(split_lines(stream), start=1):
             yield _decode(line, path, number)
             if number % _LINES_BETWEEN_REPORTS == 0:
                 on_bytes(file.tell() - reported)
                 reported = file.tell()
         on_bytes(file.tell() - reported)
+
+
+def split_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream with their ends: line feed, carriage return, or both. Too long a line is cut at 16 MiB."""
+    rest = b""
+    while block := stream.read(_BLOCK_BYTES):
+        *lines, rest = (rest + block).splitlines(keepends=True)  # of bytes: no other line ends
+        if rest.endswith(b"\n") or len(rest) >= _LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        yield from lines
+    if rest:
+        yield rest
+
+
+def refuse_foreign(path: Path, start: bytes) -> None:
+    """Refuse a file that begins like something else than text.
+
+    Args:
+        path: the file, for the message.
+        start: its first bytes, without compression.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    found = foreign_content(start)
+    if found is not None:
+        raise ValueError(f"{path} is {found}, no text: give a text file or a table")
 
 
 def _decode(line: bytes, path: Path, number: int) -> str:
@@ -46,7 +74,7 @@ def _decode(line: bytes, path: Path, number: int) -> str:
             f"{path}, line {number}: a NUL byte, so this is a binary file or not UTF-8; convert it, for example with "
             "`iconv -f utf-16 -t utf-8`"
         )
-    if len(line) == _LINE_BYTES:
+    if len(line) >= _LINE_BYTES:
         raise ValueError(
             f"{path}, line {number}: more than {_LINE_BYTES >> 20} MiB without a line end; write one sentence a line"
         )

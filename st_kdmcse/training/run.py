@@ -21,7 +21,7 @@ from st_kdmcse.precision import autocast
 from st_kdmcse.processes import processes
 from st_kdmcse.training.callbacks import METRIC, EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
 from st_kdmcse.training.head_init import align_heads
-from st_kdmcse.training.inputs import TrainingInputs, data_checksums, encoder_type
+from st_kdmcse.training.inputs import TrainingInputs, check_sizes, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import (
@@ -71,6 +71,7 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
     arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
     inputs = TrainingInputs.load(options, state)
+    check_sizes(inputs.sources, arguments.per_device_train_batch_size)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
     run: dict[str, Any] = {}
     if state.is_main_process:
