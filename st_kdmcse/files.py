@@ -26,6 +26,30 @@ LOCK = "lock"
 
 _CHUNK_BYTES = 1 << 20
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive (.zip, .npz, .pt)",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    _GZIP: "compressed with gzip",
+    _PARQUET: "a Parquet table",
+    b"ARROW1": "an Arrow table",
+    b"SQLite format 3": "an SQLite database",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"%PDF-": "a PDF",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+    b"version https://git-lfs.github.com": "a pointer of Git LFS (`git lfs pull` fetches the file)",
+}
+_TAR, _TAR_AT = b"ustar", 257
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:
@@ -89,6 +113,17 @@ def is_gzip(path: str | Path) -> bool:
 def is_parquet(path: str | Path) -> bool:
     """Whether a file is Apache Parquet: its first bytes tell, not its name. False if there is no such file."""
     return _starts_with(path, _PARQUET)
+
+
+def foreign_content(start: bytes) -> str | None:
+    """What the first bytes of a file show it to be, such as "a pickle"; None for text and for anything unknown.
+
+    Args:
+        start: at least 512 bytes, where the file has as many.
+    """
+    if start[_TAR_AT:].startswith(_TAR):
+        return "a tar archive"
+    return next((what for magic, what in _FOREIGN.items() if start.lower().startswith(magic.lower())), None)
 
 
 def _starts_with(path: str | Path, magic: bytes) -> bool:

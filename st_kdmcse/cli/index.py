@@ -73,7 +73,7 @@ def build(
     precision: Precision,
     **columns: Any,
 ) -> None:
-    """Index the texts of FILE: one a line (.txt, also .gz), or a table (.csv, .tsv, .jsonl, .parquet).
+    """Index the texts of FILE: one a line (.txt, also .gz), or a table (.csv, .tsv, .jsonl, .json, .parquet).
 
     Interrupted or killed, the same command goes on where it was.
 

@@ -20,7 +20,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--text", type=_PATH, required=True, help="Sentences: one a line (plain or .gz), or a column of a .parquet."
 )
-@click.option("--text-column", help="The column of a .parquet.  [the only one of text]")
+@click.option("--text-column", help="The column of a table.  [the only one of text]")
 @click.option("--output-dir", type=_PATH, default=Path("raw-minilm"))
 @click.option("--max-steps", type=int, default=MaskingOptions.max_steps)
 @click.option("--batch-size", type=int, default=MaskingOptions.batch_size, help="Sentences a step.")

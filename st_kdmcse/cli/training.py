@@ -152,8 +152,12 @@ def training_options(command: Command, output_dir: Path) -> Command:
     for option in reversed(
         [
             click.option("--model", default=default.model, show_default=True, help="Encoder: hub name or folder."),
-            click.option("--text", type=path, help="Sentences: one a line (plain or .gz), or a column of a .parquet."),
-            click.option("--text-column", help="The column of a .parquet.  [the only one of text]"),
+            click.option(
+                "--text",
+                type=path,
+                help="Sentences: one a line, or a column of a .csv, .tsv, .jsonl, .json or .parquet.",
+            ),
+            click.option("--text-column", help="The column of a table.  [the only one of text]"),
             click.option("--deduplicate", is_flag=True, help="Leave out sentences of --text that came before."),
             click.option(
                 "--features", type=path, help="Feature store, or JSON file of the KDMCSE authors; --captions makes it."

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from st_kdmcse.data.lines import read_lines
 from st_kdmcse.data.readers.parsing import existing_file, json_items
-from st_kdmcse.data.sentences import read_lines
 from st_kdmcse.data.sts import STSTask, check_scorable, checked_pairs
 
 CXC = "CxC"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from st_kdmcse.data.layout import RowNumbers
-from st_kdmcse.data.sentences import read_lines
+from st_kdmcse.data.lines import read_lines
 from st_kdmcse.data.store import FeatureStore
 
 _COLUMN = "image"

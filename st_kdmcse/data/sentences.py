@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import logging
 import os
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets import config as datasets_config
 
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.files import atomic_file, byte_progress, is_gzip, is_parquet, sha256_file
+from st_kdmcse.data.tables import FileFormat, columns_of, file_format, listed, texts_of, unit_of
+from st_kdmcse.files import atomic_file, byte_progress, is_gzip, sha256_file
 
 logger = logging.getLogger(__name__)
 
 _IN_MEMORY_BYTES = 1 << 26
 _CHUNK_ROWS = 1 << 16
 _CHUNK_CHARACTERS = 1 << 24
-_LINE_BYTES = 1 << 24
-_PARQUET_ROWS = 1 << 13
-_BUFFER_BYTES = 1 << 20
-_CACHE_VERSION = 1  # counted up when the same file would give other sentences
+_CACHE_VERSION = 2  # counted up when the same file would give other sentences
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -44,9 +36,11 @@ def read_sentences(
 ) -> Dataset:
     """Read a file with one sentence a line, or a row.
 
-    The file is UTF-8 text, the same compressed with gzip, or a Parquet table; its content tells which, not its name. A
-    byte order mark and Windows line ends are tolerated. Blank lines and missing values are skipped (their number is
-    logged). A sentence is kept without surrounding whitespace.
+    The file is UTF-8 text, a table (``.csv`` with commas, ``.tsv`` with tabs, each with a header; ``.jsonl``, or
+    ``.json`` with a list of objects), either of them compressed with gzip (``.csv.gz``), or a Parquet table. Text that
+    looks like a table, and whatever is no text, is refused. A byte order mark and the line ends of Windows and old Macs
+    are tolerated. Blank lines and missing values are skipped (their number is logged). A sentence is kept without
+    surrounding whitespace.
 
     Text of up to 64 MiB is held in memory. Anything else is read once, in chunks, into a memory-mapped Arrow file in
     ``cache_dir``: memory does not grow with the file. The Arrow file takes about as much disk as the text. Later runs
@@ -65,24 +59,24 @@ def read_sentences(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, has no sentence, is damaged, binary or not UTF-8 (names the line or row), has no
-            such column or no obvious one, or if the cache cannot be written.
+        ValueError: if it is a folder, has no sentence, is damaged, no text or not UTF-8 (names the line or row), has no
+            such column or no obvious one, looks like a table by the name of a text, or if the cache cannot be written.
     """
     path = Path(path)
-    column = _checked_column(path, column)
+    kind, column = _checked_source(path, column)
     size = path.stat().st_size
     with byte_progress(size, f"Checksum of {path.name}", show_progress_bar) as progress:
-        identity = [_CACHE_VERSION, sha256_file(path, progress.update), column, deduplicate]
+        identity = [_CACHE_VERSION, sha256_file(path, progress.update), kind, column, deduplicate]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     # The fingerprint that datasets finds here; without one it would pickle the text, or take the time of the cache.
     schema = pa.schema([("sentence", pa.string())], {"huggingface": json.dumps({"fingerprint": key})})
     cached = Path(cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "st_kdmcse") / f"{key}.arrow"
 
-    in_memory = size <= _IN_MEMORY_BYTES and not is_gzip(path) and not is_parquet(path)
+    in_memory = size <= _IN_MEMORY_BYTES and kind != "parquet" and not is_gzip(path)
     if not in_memory and (dataset := _open_cached(cached, schema)) is not None:
         return dataset
     with byte_progress(size, f"Reading {path.name}", show_progress_bar) as progress:
-        batches = _batches(_sentences(path, column, deduplicate, progress.update), schema)
+        batches = _batches(_sentences(path, kind, column, deduplicate, progress.update), schema)
         if in_memory:
             return Dataset(pa.Table.from_batches(batches))
         _write_cached(cached, schema, batches)
@@ -102,41 +96,40 @@ def iter_sentences(path: str | Path, column: str | None = None, deduplicate: boo
         ValueError: as :func:`read_sentences`; what is wrong inside of the file shows when the iteration gets there.
     """
     path = Path(path)
-    return _sentences(path, _checked_column(path, column), deduplicate, on_bytes=lambda _: None)
+    return _sentences(path, *_checked_source(path, column), deduplicate, on_bytes=lambda _: None)
 
 
-def _checked_column(path: Path, column: str | None) -> str | None:
-    """The column to read; None for text."""
+def _checked_source(path: Path, column: str | None) -> tuple[FileFormat, str]:
+    """The format of the file, and the column to read."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file with one sentence a line")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}: give a file with one sentence a line")
-    if not is_parquet(path):
+    if not path.stat().st_size:
+        raise ValueError(f"{path} has no sentence: it is empty")
+    kind = file_format(path)
+    if kind == "text":
         if column is not None:
             raise ValueError(f"{path} is read as text and has no column {column!r}: leave the column out")
-        return None
-    with named_errors(path):
-        schema = pq.read_schema(path)
-    strings = [field.name for field in schema if _holds_strings(field.type)]
+        return kind, "text"
+    columns = columns_of(path, kind)
+    texts = [name for name, holds in columns.items() if holds == "text"]
     if column is None:
-        obvious = strings if len(strings) == 1 else [name for name in ("sentence", "text") if name in strings]
+        obvious = texts if len(texts) == 1 else [name for name in ("sentence", "text") if name in texts]
         column = obvious[0] if obvious else None
-    if column not in strings:
-        found = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+    if column is None or column not in texts:
         what = "which column holds the sentences is not clear" if column is None else f"no column {column!r} of strings"
-        raise ValueError(f"{path}: {what}; name one of its columns of strings. Its columns: {found}")
-    return column
+        raise ValueError(
+            f"{path}: {what}; name one as `text_column`. Its columns of strings: {listed(texts)}; others: "
+            f"{listed(name for name in columns if name not in texts)}"
+        )
+    return kind, column
 
 
-def _holds_strings(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _sentences(path: Path, column: str | None, deduplicate: bool, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    texts = read_lines(path, on_bytes) if column is None else _rows(path, column, on_bytes)
-    unit = "lines" if column is None else "rows"
+def _sentences(
+    path: Path, kind: FileFormat, column: str, deduplicate: bool, on_bytes: Callable[[int], object]
+) -> Iterator[str]:
+    texts, unit = texts_of(path, kind, column, on_bytes), f"{unit_of(kind)}s"
     kept = blank = repeated = 0
     with Seen() if deduplicate else nullcontext() as seen:
         for text in texts:
@@ -154,81 +147,6 @@ def _sentences(path: Path, column: str | None, deduplicate: bool, on_bytes: Call
         logger.info("%s: skipped %d blank %s", path, blank, unit)
     if repeated:
         logger.info("%s: left out %d repeated sentences", path, repeated)
-
-
-def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or gzip, with their ends.
-
-    Args:
-        path: the file.
-        on_bytes: called now and then with the number of bytes read since the last call.
-
-    Raises:
-        ValueError: for a damaged file or one that is not UTF-8 text; names the file and the line.
-    """
-    with named_errors(path), path.open("rb") as file:
-        stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if is_gzip(path) else file
-        reported = 0
-        for number, line in enumerate(iter(partial(stream.readline, _LINE_BYTES), b""), start=1):
-            yield _decode(line, path, number)
-            if number % _CHUNK_ROWS == 0:
-                on_bytes(file.tell() - reported)
-                reported = file.tell()
-        on_bytes(file.tell() - reported)
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
-    if b"\0" in line:
-        raise ValueError(
-            f"{path}, line {number}: a NUL byte, so this is a binary file or not UTF-8; convert it, for example with "
-            "`iconv -f utf-16 -t utf-8`"
-        )
-    if len(line) == _LINE_BYTES:
-        raise ValueError(
-            f"{path}, line {number}: more than {_LINE_BYTES >> 20} MiB without a line end; write one sentence a line"
-        )
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file, "
-            "for example with `iconv -f latin-1 -t utf-8`"
-        ) from error
-
-
-def _rows(path: Path, column: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """The values of a column; a missing one is empty."""
-    # With a buffer, and not ahead of time: else a whole row group is in memory, and a file may be a single one.
-    with (
-        named_errors(path),
-        pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as file,
-    ):
-        size, rows = path.stat().st_size, file.metadata.num_rows
-        row = reported = 0
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=[column]):
-            for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
-                try:
-                    yield (value or b"").decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path}, row {row}, column {column!r}: not UTF-8 ({error.reason}); write the column again"
-                    ) from error
-                row += 1
-            on_bytes(size * row // rows - reported)
-            reported = size * row // rows
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of gzip and Parquet about a damaged file into a ValueError that names it."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path} is cut off, damaged or no gzip file ({error}): download or compress it again"
-        ) from error
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged or cannot be read ({error}): download or write it again") from error
 
 
 def _batches(sentences: Iterator[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

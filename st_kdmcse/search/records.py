@@ -1,4 +1,4 @@
-"""Files of records to be indexed, and of results: text, CSV, TSV, JSON lines, parquet, a row at a time."""
+"""Files of records to be indexed, and of results: text, CSV, TSV, JSON, parquet, a row at a time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from st_kdmcse.data.lines import named_errors
 from st_kdmcse.data.seen import Seen
-from st_kdmcse.data.sentences import named_errors
-from st_kdmcse.files import byte_progress, sha256_file
-from st_kdmcse.search.base import MAX_ID_LENGTH, control_character
-from st_kdmcse.search.table_formats import (
+from st_kdmcse.data.tables import (
     ColumnKind,
     OnBytes,
     Row,
@@ -27,7 +25,10 @@ from st_kdmcse.search.table_formats import (
     listed,
     rows_of,
     shown,
+    unit_of,
 )
+from st_kdmcse.files import byte_progress, sha256_file
+from st_kdmcse.search.base import MAX_ID_LENGTH, control_character
 
 OnEmpty = Literal["skip", "raise"]
 
@@ -67,6 +68,7 @@ class RecordFile:
     name                  content                                            id without an id column
     ===================== ================================================== ==========================
     ``.jsonl, .ndjson``   a JSON object a line                               number of the line, from 1
+    ``.json``             a list of JSON objects                             number of the row, from 0
     ``.csv``              commas and a header; quotes where they are needed  number of the row, from 0
     ``.tsv``              tabs and a header; quotes are part of the text     number of the row, from 0
     ``.parquet``          a table                                            number of the row, from 0
@@ -121,7 +123,7 @@ class RecordFile:
         self._id_column = id_column
         self._wanted = None if metadata is None else tuple(metadata)
         self._format = file_format(self.path)
-        self._unit = "row" if self._format == "parquet" else "line"
+        self._unit = unit_of(self._format)
         self._metadata: tuple[str, ...] = ()
         if self._format == "text":
             self.text_column = self._without_columns(text_column)
@@ -234,7 +236,7 @@ class RecordFile:
             self._check_characters(row, {name: row.values[name] for name in self._metadata})
             return {name: read(row.values[name]) if row.values[name] else None for name, read in self._readers.items()}
         found = {name: row.values[name] for name in self._metadata if name in row.values}
-        if self._format == "json" and self._wanted is None:  # each line may have other names
+        if self._format.startswith("json") and self._wanted is None:  # each line may have other names
             used = (self.text_column, self._id_column, "")
             found = {name: value for name, value in row.values.items() if name not in used and is_plain(value)}
         self._check_characters(row, found)
@@ -277,7 +279,7 @@ class RecordFile:
         if unused:
             raise ValueError(
                 f"{self.path} is read as a text a line and has no columns: leave out {' and '.join(unused)}, or name "
-                "the file .csv, .tsv, .jsonl or .parquet if it is that"
+                "the file .csv, .tsv, .jsonl, .json or .parquet if it is that"
             )
         return "text"
 

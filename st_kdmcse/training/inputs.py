@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from st_kdmcse.training.student import build_student
 logger = logging.getLogger(__name__)
 
 _EXCLUDED = "excluded images"
+_PARAMETERS = {"text": "text", "pairs": "features"}  # that the sources come from
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,31 @@ class TrainingInputs:
                 logger.info("left out %d images with %d captions", left_out.images, len(left_out.rows))
             sources["pairs"] = pairs
         return cls(sources, store, left_out, dev, test, checksums)
+
+
+def check_sizes(sources: Mapping[str, Dataset], batch_size: int) -> None:
+    """Refuse a source of one row, and warn of one that does not fill a batch: a row's negatives are the others.
+
+    Args:
+        sources: what a run trains on.
+        batch_size: rows a step and device.
+
+    Raises:
+        ValueError: if a source has a single row; the loss would be 0 whatever the model.
+    """
+    for name, dataset in sources.items():
+        if len(dataset) == 1:
+            raise ValueError(
+                f"`{_PARAMETERS[name]}` has one sentence to train on: its negatives are the other sentences of a "
+                "batch; give at least two, better thousands"
+            )
+        if len(dataset) < batch_size:
+            logger.warning(
+                "`%s` has %d sentences to train on, fewer than the %d of a batch: each has that many negatives less",
+                _PARAMETERS[name],
+                len(dataset),
+                batch_size,
+            )
 
 
 def check_inputs(options: TrainingOptions) -> None:

@@ -63,7 +63,7 @@ class MaskingOptions:
         model: hub name or folder of the encoder to start from.
         text: file of sentences, see :func:`~st_kdmcse.data.read_sentences`.
         output_dir: folder of the run, then of the model; must be empty or absent, except for a run that is resumed.
-        text_column: the column of a Parquet file.
+        text_column: the column of a table.
         max_steps: optimizer steps.
         batch_size: sentences a step.
         lr: peak learning rate, decayed linearly to 0.

@@ -34,8 +34,8 @@ class TrainingOptions:
 
     Args:
         model: hub name or folder of the encoder to start from.
-        text: file of sentences, one a line (plain or gzip), or a column of a Parquet file.
-        text_column: the column of a Parquet file.
+        text: file of sentences, one a line, or a table, see :func:`~st_kdmcse.data.read_sentences`.
+        text_column: the column of a table.
         deduplicate: leave out repeated sentences.
         features: a feature store, or a JSON file in the KDMCSE authors' format. With ``extraction``, the folder that
             the store is written to; None writes it into ``output_dir``.

@@ -32,7 +32,7 @@ from st_kdmcse.training.checkpoints import (
     writing,
 )
 from st_kdmcse.training.head_init import align_heads
-from st_kdmcse.training.inputs import TrainingInputs, data_checksums, encoder_type
+from st_kdmcse.training.inputs import TrainingInputs, check_sizes, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import (
@@ -84,6 +84,7 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
     arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
     inputs = TrainingInputs.load(options, state)
+    check_sizes(inputs.sources, arguments.per_device_train_batch_size)
     with locked(options.output_dir) if state.is_main_process else nullcontext():
         return _train(options, arguments, inputs, state, stop or StopOnSignal())
 

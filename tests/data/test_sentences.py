@@ -1,3 +1,4 @@
+import csv
 import gzip
 import logging
 import multiprocessing
@@ -12,7 +13,9 @@ from datasets import config as datasets_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from st_kdmcse.data import lines as lines_module
 from st_kdmcse.data import sentences as sentences_module
+from st_kdmcse.data import tables as tables_module
 from st_kdmcse.data.sentences import iter_sentences, read_sentences
 
 
@@ -55,6 +58,8 @@ def test_real_sentences(shared_data):
         (b"one\ntwo\n", ["one", "two"]),
         (b"one\ntwo", ["one", "two"]),
         (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"one\rtwo\r", ["one", "two"]),
+        (b"one\r\n\rtwo\rthree\nfour", ["one", "two", "three", "four"]),
         (b"\xef\xbb\xbfone\ntwo\n", ["one", "two"]),
         (b"\xef\xbb\xbf\none\n", ["one"]),
         (b"\n  \none\n\t\r\n\ntwo\n\n", ["one", "two"]),
@@ -68,7 +73,10 @@ def test_lines(tmp_path, content, expected):
 
 
 @settings(max_examples=100, deadline=None)
-@given(lines=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\0"))), end=st.sampled_from("\n \r\n"))
+@given(
+    lines=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0\t,;|[{"))),
+    end=st.sampled_from("\n \r\n"),
+)
 def test_text_is_kept_apart_from_surrounding_whitespace(tmp_path_factory, lines, end):
     path = write(
         tmp_path_factory.mktemp("text"), "".join(f"{line}{end.strip(' ') or ' '}\n" for line in lines).encode()
@@ -142,7 +150,7 @@ def test_binary_files_are_refused(tmp_path):
 
 
 def test_lines_without_end_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sentences_module, "_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(lines_module, "_LINE_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="line 2: more than 1 MiB without a line end"):
         read_sentences(write(tmp_path, b"fine\n" + b"a" * (1 << 21)))
 
@@ -365,16 +373,95 @@ def test_which_column(tmp_path, columns, asked, expected):
 @pytest.mark.parametrize(
     ("columns", "asked", "message"),
     [
-        ({"a": ["x"], "b": ["y"]}, None, r"not clear; .*a \(string\), b \(string\)"),
-        ({"n": [1], "m": [0.5]}, None, r"not clear; .*n \(int64\), m \(double\)"),
-        ({"a": ["x"], "n": [1]}, "b", r"no column 'b' of strings; .*a \(string\), n \(int64\)"),
+        ({"a": ["x"], "b": ["y"]}, None, r"not clear; .*strings: 'a', 'b'; others: none"),
+        ({"n": [1], "m": [0.5]}, None, r"not clear; .*strings: none; others: 'n', 'm'"),
+        ({"a": ["x"], "n": [1]}, "b", r"no column 'b' of strings; .*strings: 'a'; others: 'n'"),
         ({"a": ["x"], "n": [1]}, "n", r"no column 'n' of strings"),
-        ({"a": [["x"]]}, "a", r"no column 'a' of strings; .*a \(list<.*string>\)"),
+        ({"a": [["x"]]}, "a", r"no column 'a' of strings; .*strings: none; others: 'a'"),
     ],
 )
 def test_columns_are_listed_where_none_fits(tmp_path, columns, asked, message):
     with pytest.raises(ValueError, match=rf"table\.parquet: .*{message}"):
         read_sentences(write_table(tmp_path, columns), column=asked)
+
+
+TABLES = {
+    "csv": b'id,text\n1,"one, 1"\n2,\n3,two\n',
+    "tsv": b"id\ttext\n1\tone, 1\n2\t\n3\ttwo\n",
+    "jsonl": b'{"id": 1, "text": "one, 1"}\n{"id": 2, "text": null}\n{"text": "two"}\n',
+    "json": b'[{"id": 1, "text": "one, 1"},\n  {"id": 2},\n {"text": "two"}]',
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"a.{name}" for name in TABLES), *(f"a.{name}.gz" for name in TABLES), "lines.json"]
+)
+def test_tables_of_text(tmp_path, name):
+    content = TABLES["jsonl"] if name == "lines.json" else TABLES[name.split(".")[1]]
+    path = write(tmp_path, content, name)
+    for column in (None, "text"):
+        assert read_sentences(path, column)["sentence"][:] == ["one, 1", "two"]
+    with pytest.raises(ValueError, match=r"no column 'texts' of strings; name one as `text_column`\. .*'text'"):
+        read_sentences(path, "texts")
+
+
+def test_the_columns_of_simcse_are_named(tmp_path):
+    path = write(tmp_path, b"sent0,sent1,hard_neg\nA dog.,An animal.,A cat.\n", "nli_for_simcse.csv")
+    with pytest.raises(ValueError, match="not clear; .*'sent0', 'sent1', 'hard_neg'"):
+        read_sentences(path)
+    assert read_sentences(path, "sent0")["sentence"][:] == ["A dog."]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sent0,sent1,hard_neg\nA dog.,An animal.,A cat.\n", "a table with columns separated by commas"),
+        (b"A dog.\tAn animal.\nA cat.\tA pet.\nA cow.\tFood.\n", "a table with columns separated by tabs"),
+        (b'[\n  {"text": "a"}\n]\n', "looks like JSON: name it"),
+        (b'{"text": "a"}\n{"text": "b"}\n', "looks like JSON: name it"),
+        (pickle.dumps(["one", "two"]), "is a pickle, no text"),
+        (b"PK\x03\x04" + bytes(100), "is a zip archive"),
+        (b"<!DOCTYPE html>\n<p>one\n", "is a web page, no text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS"),
+        (b"name".ljust(257, b"\0") + b"ustar".ljust(300, b"\0"), "is a tar archive"),
+    ],
+)
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
+def test_what_is_no_text_is_refused_whatever_its_name(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_sentences(write(tmp_path, content, name))
+
+
+@pytest.mark.parametrize(
+    "content", [b"Yes, no\nYes, yes\n", b"[1] See there.\nA dog, a cat.\n", b"{a dog}\n", b"Yes,no\nAnd so on.\n"]
+)
+def test_text_with_separators_and_brackets_is_text(tmp_path, content):
+    assert read_sentences(write(tmp_path, content))["sentence"][:] == content.decode().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"[1]", r"a\.json, item 1: 1 is no JSON object"),
+        ("a.json", b'[{"text": "a"}, {"text": 2}]', r"a\.json, item 2: 'text' is 2, no text"),
+        ("a.json", b'[{"text": "a"}, {"te', "not whole, valid JSON"),
+        ("a.json", b'{"text": ["a"],\n"n": 1}', "neither a JSON list of objects nor JSON lines"),
+        ("a.json", b'[{"text": "a"},' + b"[" * 60_000, "nested more than 100 deep"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', r"a\.jsonl, line 2: 'text' is \['b'\], no text"),
+        ("a.csv", b"id\ttext\n1\ta\n", "line 1: the header 'id.ttext' is separated by tabs, not commas: name it .tsv"),
+        ("a.tsv", b"id,text\n1,a\n", "is separated by commas, not tabs: name it .csv"),
+        ("a.csv", b'text\n"a\nb\n', r"line 2: a quote \(\"\) is opened there and not closed"),
+        ("a.csv", b"text\n" + b"a" * 100 + b"\n", "line 2: a field of more than 50 characters"),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_named(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(tables_module, "_FIELD_CHARACTERS", 50)
+    before = csv.field_size_limit(50)
+    try:
+        with pytest.raises(ValueError, match=message):
+            read_sentences(write(tmp_path, content, name))
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_a_text_file_has_no_columns(tmp_path):

@@ -248,6 +248,15 @@ def test_defaults_follow_the_encoder(request, tmp_path, data, encoder, expected)
     assert summary["sts_dev_best"] is None
 
 
+def test_a_table_of_sentences_and_fewer_of_them_than_a_batch(arguments, tmp_path, caplog):
+    table = tmp_path / "nli_for_simcse.csv"
+    table.write_text("sent0,sent1,hard_neg\n" + "a dog,an animal,a cat\na man,a person,a car\n" * 2)
+    alone = {"text": table, "features": None, "method": "simcse", "max-steps": 1}
+    assert "which column holds the sentences is not clear; name one as --text-column" in run(arguments(**alone)).output
+    assert run(arguments(**alone, **{"text-column": "sent0"})).exit_code == 0
+    assert "`text` has 4 sentences to train on, fewer than the 8 of a batch" in caplog.text
+
+
 def test_simcse_trains_on_captions_too_and_text_alone_is_enough(arguments, tmp_path):
     assert run(arguments(method="simcse", **{"output-dir": tmp_path / "both"})).exit_code == 0
     assert run(arguments(method="simcse", features=None, **{"output-dir": tmp_path / "text"})).exit_code == 0
@@ -347,6 +356,7 @@ def one_score(path):
         (None, {"compile": "default", "unpad": True}, "--unpad and compilation exclude each other"),
         (None, {"compile": "reduce-overhead", "mini-batch-size": 4}, "overwrites gradients"),
         (lambda d: (d / "text.txt").write_bytes(b""), {}, "text.txt"),
+        (lambda d: (d / "text.txt").write_bytes(b"A dog.\n"), {}, "--text has one sentence to train on"),
         (lambda d: (d / "text.txt").write_bytes(b"fine\ncaf\xe9\n"), {}, "text.txt, line 2"),
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__delitem__(slice(-8, None))), {}, "whole"),
         (lambda d: damage(d / "features" / "text_features.npy", lambda c: c.__setitem__(-3, c[-3] ^ 1)), {}, "SHA-256"),
