@@ -54,6 +54,7 @@ _OPTIONAL: dict[str, Any] = {
         "target": int | float,
         "queries": int,
         "queries_per_second": int | float,
+        "rows": int | None,
     },
     "images": {"folder": str | None},
 }
@@ -208,7 +209,7 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
     if (index.d, index.ntotal, len(table)) != (manifest["dim"], manifest["vectors"], manifest["rows"]):
         raise ValueError(f"the files of {folder} do not belong together: {_REMEDY}")
     tuning = manifest.get("tuning")
-    measured = None if tuning is None else Tuning(**{name: tuning[name] for name in _OPTIONAL["tuning"]})
+    measured = None if tuning is None else Tuning(**{name: tuning.get(name) for name in _OPTIONAL["tuning"]})
     return FaissBackend(index, table, manifest["factory"], measured)
 
 
