@@ -192,7 +192,9 @@ class FaissBackend:
             hits: list[list[Hit]] = []
             for start in range(0, len(queries), _QUERIES_AT_A_TIME):
                 block = queries[start : start + _QUERIES_AT_A_TIME]
-                hits += self._hits(*self._nearest(block, min(k, count), allowed, count))
+                # For fewer than it was tuned for, an index looks at too few candidates.
+                scores, found = self._nearest(block, min(max(k, RECALL_AT), count), allowed, count)
+                hits += self._hits(scores[:, :k], found[:, :k])
         return hits
 
     def compact(self) -> bool:
