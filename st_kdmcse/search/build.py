@@ -61,8 +61,8 @@ def build_index(
     A first pass over the records counts and checks them. In the second, blocks of 4,096 are encoded, texts of similar
     length together, and saved in the folder ``NAME.parts`` beside ``path``, each with its checksum. Killed at any
     moment, the same call goes on after the last finished block; one that does not fit its checksum is made again. Then
-    the index is trained, filled, tuned and saved, and the folder is removed; a kill at any time costs no embeddings. The
-    disk holds all embeddings as float32 until then.
+    the index is trained, filled, tuned and saved, and the folder is removed; a kill at any time costs no embeddings.
+    The disk holds all embeddings as float32 until then.
 
     Args:
         records: gives all records, the same ones at each call.

@@ -76,6 +76,13 @@ def check_model(model: SentenceTransformer, header: Mapping[str, Any], place: st
         )
 
 
+def same_model(header: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two indexes were made with one model, as far as their headers tell."""
+    if header["model"]["parameters_sha256"] != other["model"]["parameters_sha256"]:
+        return False
+    return float(np.dot(header["probe"]["embedding"], other["probe"]["embedding"])) >= _PROBE_COSINE
+
+
 def load_expected(header: Mapping[str, Any], place: str) -> tuple[SentenceTransformer, str | None]:
     """The model that an index was made with, from where it was then or, with :data:`OWN_MODEL`, from its folder."""
     name = header["model"]["name"]
