@@ -215,8 +215,8 @@ def is_local(listener: socket.socket) -> bool:
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until Ctrl-C, and then finish what is being answered, for up to three seconds.
 
-    Of more than 256 connections at a time the last ones are closed, and so is one over which no whole request comes
-    within ten seconds.
+    A connection over which no whole request comes within ten seconds is closed; of more than 256 at a time, the one
+    that has waited for longest.
 
     Args:
         app: of :func:`create_app`.
@@ -280,34 +280,31 @@ def _protocol() -> type:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
-        timer: asyncio.TimerHandle | None = None
+        timer: asyncio.TimerHandle
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self.timer = self.loop.call_later(_REQUEST_SECONDS, self.give_up)
             if len(self.connections) > _CONNECTIONS:
-                transport.abort()
-            self.expect_request()
+                everyone: set[Any] = self.connections
+                min(everyone, key=lambda each: (each.answers(), each.timer.when())).transport.abort()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self.expect_request()
-
-        def expect_request(self) -> None:
-            self.stop_timer()
+            self.timer.cancel()
             self.timer = self.loop.call_later(_REQUEST_SECONDS, self.give_up)
-
-        def give_up(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()  # when all is sent
-                self.timer = self.loop.call_later(_ANSWER_SECONDS, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self.stop_timer()
+            self.timer.cancel()
 
-        def stop_timer(self) -> None:
-            if self.timer is not None:
-                self.timer.cancel()
+        def answers(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def give_up(self) -> None:
+            if not self.answers():
+                self.transport.close()  # when all is sent
+                self.timer = self.loop.call_later(_ANSWER_SECONDS, self.transport.abort)
 
     return Impatient
 
