@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from st_kdmcse.data.images import ImageError
 from st_kdmcse.search.base import Filter, Hit
-from st_kdmcse.search.filters import parse_filter
+from st_kdmcse.search.filters import FilterError, parse_filter, search_typed
 from st_kdmcse.search.limits import BusyError, Limits, RateLimit, Turns
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.thumbnails import Gallery, find_gallery, thumbnail_of
@@ -126,7 +126,10 @@ def create_app(
             where = _checked(q, k, conditions, limits)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        seconds, hits = await search_turns.take(lambda: _timed_search(current.get(), q, k, where))
+        try:
+            seconds, hits = await search_turns.take(lambda: _timed_search(current.get(), q, k, where))
+        except FilterError as error:
+            raise HTTPException(422, str(error)) from error
         results = [_result(rank, hit, gallery) for rank, hit in enumerate(hits, start=1)]
         return {"query": q, "k": k, "seconds": round(seconds, 4), "results": results}
 
@@ -328,7 +331,7 @@ def _checked(query: str, k: int, conditions: Sequence[str], limits: Limits) -> F
 
 def _timed_search(index: SemanticIndex, query: str, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
     start = time.perf_counter()
-    hits = index.search(query, k, where)
+    (hits,) = search_typed(index, [query], k, where)
     return time.perf_counter() - start, hits
 
 
