@@ -31,7 +31,7 @@ from st_kdmcse.files import progress_bar
 from st_kdmcse.precision import Precision
 from st_kdmcse.search.base import Filter, Hit
 from st_kdmcse.search.duplicates import DUPLICATE_COLUMNS, Duplicates, find_duplicates
-from st_kdmcse.search.filters import parse_filter
+from st_kdmcse.search.filters import parse_filter, search_typed, typed
 from st_kdmcse.search.records import RecordFile
 from st_kdmcse.search.results import output_file, write_rows
 from st_kdmcse.search.semantic_index import SemanticIndex
@@ -95,7 +95,7 @@ def search(
     """Search the index DIR (a folder, or the address of a Milvus collection) by meaning.
 
     Without QUERY it asks for queries until Ctrl-D. A value of a filter is a number or truth value if it looks like one;
-    in double quotes it is text, and ["en", "de"] is one of several.
+    in double quotes it is text, and ["en", "de"] is one of several. Results show values as filters take them.
 
     \b
     st-kdmcse search my-index "a dog in the snow"
@@ -121,7 +121,7 @@ def search(
         elif out is not None or any(columns.values()):
             raise ValueError("--out and the columns of a file go with --queries FILE")
         elif query:
-            hits = SemanticIndex.open(address, model, precision=precision).search(text, k, where)
+            (hits,) = search_typed(SemanticIndex.open(address, model, precision=precision), [text], k, where)
             click.echo(document(text, k, where, hits) if as_json else table(hits))
         else:
             _prompt(SemanticIndex.open(address, model, precision=precision), k, where, as_json)
@@ -211,7 +211,7 @@ def _results(
     queries = iter(records)
     with progress_bar(total, "Searching", "query") as progress:
         while chunk := list(islice(queries, _QUERIES_AT_A_TIME)):
-            for record, hits in zip(chunk, opened.search(_texts(chunk), k, where), strict=True):
+            for record, hits in zip(chunk, search_typed(opened, _texts(chunk), k, where), strict=True):
                 for rank, hit in enumerate(hits, start=1):
                     metadata: Any = hit.metadata
                     if out.suffix.lower() != ".jsonl":
@@ -239,7 +239,7 @@ def _prompt(opened: SemanticIndex, k: int, where: Filter | None, as_json: bool) 
         try:
             query = input("> " if typed else "")
             if query.strip():
-                hits = opened.search(query, k, where)
+                (hits,) = search_typed(opened, [query], k, where)
                 click.echo(document(query, k, where, hits) if as_json else f"{table(hits)}\n")
         except (EOFError, KeyboardInterrupt):
             click.echo()
@@ -291,5 +291,5 @@ def _printable(text: str) -> str:
 
 
 def _joined(metadata: Mapping[str, Any]) -> str:
-    values = ", ".join(f"{name}: {value}" for name, value in metadata.items() if value is not None)
+    values = ", ".join(f"{name}: {typed(value)}" for name, value in metadata.items() if value is not None)
     return f"[{values}]" if values else ""

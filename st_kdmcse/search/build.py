@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.encoding import computing, encode_documents, encoding_precision
-from st_kdmcse.files import LOCK, atomic_file, locked, progress_bar, sha256_file, write_json
+from st_kdmcse.files import LOCK, atomic_file, locked, manifest_checksum, progress_bar, sha256_file, write_json
 from st_kdmcse.precision import Precision
 from st_kdmcse.provenance import claim, parameters_checksum
-from st_kdmcse.search.base import Matrix, NewRows
+from st_kdmcse.search.base import Matrix, NewRows, unit_rows
 from st_kdmcse.search.factory import Reordered, build_faiss, held_out_swaps
 from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
 from st_kdmcse.search.model_check import model_header
@@ -59,10 +59,10 @@ def build_index(
     """Build and save an index in memory that a block of records and the index bound.
 
     A first pass over the records counts and checks them. In the second, blocks of 4,096 are encoded, texts of similar
-    length together, and saved in the folder ``NAME.parts`` beside ``path``: embeddings as an array, ids, texts and
-    metadata in SQLite. Killed at any moment, the same call goes on after the last finished block. Then the index is
-    trained, filled, tuned and saved, and the folder is removed; a kill at any time costs no embeddings. The disk holds
-    all embeddings as float32 until then.
+    length together, and saved in the folder ``NAME.parts`` beside ``path``, each with its checksum. Killed at any
+    moment, the same call goes on after the last finished block; one that does not fit its checksum is made again. Then
+    the index is trained, filled, tuned and saved, and the folder is removed; a kill at any time costs no embeddings.
+    The disk holds all embeddings as float32 until then.
 
     Args:
         records: gives all records, the same ones at each call.
@@ -116,12 +116,15 @@ def build_index(
 class _Parts:
     """The folder of an unfinished build.
 
-    Part n holds the embeddings of block n in ``part-n.npy``; the rows are in the table, at their positions in the index
-    to be. ``part-n.json`` comes last: it says that both are whole, and what records they were made from.
+    Part n holds the embeddings of block n in ``part-n.npy``. ``part-n.json`` comes last: it has the checksum of those,
+    of the records that they were made from, and its own. The rows are in the table, at their positions in the index to
+    be; it is made again by each run, from the records themselves.
     """
 
     def __init__(self, path: Path, dim: int, block_rows: int) -> None:
         self.path, self.dim, self.block_rows = path, dim, block_rows
+        for old in path.glob(f"{_TABLE}*"):  # its journal too
+            old.unlink()
         self.table = RowTable.create(path / _TABLE)
 
     @classmethod
@@ -151,14 +154,14 @@ class _Parts:
             finally:
                 parts.table.close()
 
-    def finished(self, number: int, records: Sequence[TextRecord], positions: Sequence[int]) -> bool:
+    def finished(self, number: int, records: Sequence[TextRecord]) -> bool:
         """Whether a part is there, whole.
 
         Raises:
             ValueError: if it was made from other records.
         """
         note = _read_json(self._file(number, "json"))
-        if note is None:
+        if note is None or note.get("checksum") != manifest_checksum(note):
             return False
         if note.get("records") != _digest(records):
             raise ValueError(
@@ -169,20 +172,21 @@ class _Parts:
         if not array.is_file() or sha256_file(array) != note.get("sha256"):
             logger.warning("%s is damaged and is made again", array)
             return False
-        ids = [record.id for record in records]
-        return self.table.known(ids) == dict(zip(ids, positions, strict=True))
+        return True
 
-    def write(self, number: int, records: Sequence[TextRecord], positions: Sequence[int], embeddings: Matrix) -> None:
+    def write(self, number: int, records: Sequence[TextRecord], embeddings: Matrix) -> None:
         """Save a part; it is there, whole, when this returns."""
-        ids, texts = [record.id for record in records], [record.text for record in records]
-        rows = NewRows.checked(ids, texts, embeddings, [record.metadata for record in records])
         array = self._file(number, "npy")
         with atomic_file(array, "wb") as file:
-            np.save(file, rows.embeddings)
+            np.save(file, unit_rows(embeddings, lambda row: f"record {records[row].id!r}"))
+        note = {"records": _digest(records), "sha256": sha256_file(array)}
+        write_json(self._file(number, "json"), {**note, "checksum": manifest_checksum(note)})
+
+    def store(self, records: Sequence[TextRecord], positions: Sequence[int]) -> None:
+        """Put rows into the table."""
         with self.table.transaction():
-            self.table.delete(ids)
-            self.table.insert(positions, ids, texts, rows.metadata)
-        write_json(self._file(number, "json"), {"records": _digest(records), "sha256": sha256_file(array)})
+            ids, texts = [record.id for record in records], [record.text for record in records]
+            self.table.insert(positions, ids, texts, [record.metadata for record in records])
 
     def array(self, number: int) -> npt.NDArray[np.float32]:
         """Embeddings of a part, memory-mapped."""
@@ -251,10 +255,11 @@ def _encode(
                 break
             positions = [swaps.get(row, row) for row in range(done, done + len(block))]
             done += len(block)
-            if parts.finished(number, block, positions):
+            parts.store(block, positions)
+            if parts.finished(number, block):
                 reused += len(block)
             else:
-                parts.write(number, block, positions, encode([record.text for record in block]))
+                parts.write(number, block, encode([record.text for record in block]))
             progress.update(len(block))
     if reused:
         logger.info("went on with %s of %s records that were encoded before", f"{reused:,}", f"{total:,}")
@@ -290,7 +295,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """The content of a file; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from st_kdmcse.files import progress_bar
-from st_kdmcse.search.faiss_library import gpus, load_faiss
+from st_kdmcse.search.faiss_library import faiss_reason, gpus, load_faiss
 from st_kdmcse.search.tuning import Tuning, Vectors, as_float, check_recall_target, row_blocks, searching, tune
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def new_index(dim: int, factory: str) -> Any:
     except RuntimeError as error:
         raise ValueError(
             f"FAISS has no index {factory!r} for cosine at dim {dim}: such as Flat, HNSW32, IVF4096,Flat, IVF4096,SQ8 "
-            f"or IVF4096,PQ48 with a PQ that divides {dim} ({_last_line(error)})"
+            f"or IVF4096,PQ48 with a PQ that divides {dim} ({faiss_reason(error)})"
         ) from error
     inner = searching(index)
     if isinstance(faiss.downcast_index(getattr(inner, "storage", inner)), faiss.IndexPQ | faiss.IndexPQFastScan):
@@ -202,7 +202,7 @@ def train(index: Any, vectors: Vectors, factory: str, memory_limit: int | None =
     except RuntimeError as error:
         raise ValueError(
             f"{rows:,} rows are too few to train the index {factory}: take Flat or HNSW32, or fewer lists "
-            f"({_last_line(error)})"
+            f"({faiss_reason(error)})"
         ) from error
 
 
@@ -243,10 +243,6 @@ def _candidates(rows: int, dim: int) -> Iterator[Choice]:
         if dim % width == 0 and rows >= 10_000:
             reason = f"{compressed}: product quantisation, scores are approximate and recall suffers"
             yield Choice(f"{ivf},PQ{dim // width}np", (dim // width + 8) * rows + shared, reason)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].rsplit(": ", 1)[-1]
 
 
 def _progress(total: int, description: str, show: bool | None) -> tqdm[Any]:

@@ -13,11 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from st_kdmcse.search.base import Filter, Hit, Matrix, NewRows
-from st_kdmcse.search.factory import EXACT_ROWS, Reordered, build_faiss, choose_factory, is_exact, new_index, train
+from st_kdmcse.search.factory import (
+    EXACT_ROWS,
+    Reordered,
+    build_faiss,
+    choose_factory,
+    held_out_swaps,
+    is_exact,
+    new_index,
+)
 from st_kdmcse.search.faiss_library import load_faiss
 from st_kdmcse.search.gpu import MOST_RESULTS, GpuSearch
 from st_kdmcse.search.table import Positions, RowTable
-from st_kdmcse.search.tuning import RECALL_AT, Tuning, effort_name, get_effort, searching
+from st_kdmcse.search.tuning import RECALL_AT, Tuning, as_float, effort_name, get_effort, searching
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +35,7 @@ _REMEMBERED_FILTERS = 16
 _COMPACT_ABOVE = 1000
 _MOST_EFFORT = 4096
 _QUERIES_AT_A_TIME = 1024
+_RECALL_TARGET = 0.95  # of an index that was never tuned
 
 
 class FaissBackend:
@@ -36,6 +45,9 @@ class FaissBackend:
     fewer (with a filter that lets few rows through, or a large k), it compares with all rows instead. A row that is
     removed or replaced leaves its vector behind, which no search returns; when these are more than the others the
     index is filled again without them. Calls from several threads take turns.
+
+    An index is trained and tuned again whenever it is filled again, and when rows are added to one that has none: lists
+    and codes that were learned from other rows find too little.
 
     On a GPU, with FAISS's wheel for it, searches without a filter compare with all vectors, if the index keeps them
     whole and they fit into the GPU's memory. Other searches, and those after a removal, run on the CPU.
@@ -180,11 +192,15 @@ class FaissBackend:
             hits: list[list[Hit]] = []
             for start in range(0, len(queries), _QUERIES_AT_A_TIME):
                 block = queries[start : start + _QUERIES_AT_A_TIME]
-                hits += self._hits(*self._nearest(block, min(k, count), allowed, count))
+                # For fewer than it was tuned for, an index looks at too few candidates.
+                scores, found = self._nearest(block, min(max(k, RECALL_AT), count), allowed, count)
+                hits += self._hits(scores[:, :k], found[:, :k])
         return hits
 
     def compact(self) -> bool:
         """Fill the index again without the vectors of rows that are gone.
+
+        It is trained and tuned on the rows that it has.
 
         Returns:
             Whether it could be done: vectors of some compressed types cannot be read back, and stay.
@@ -192,6 +208,10 @@ class FaissBackend:
         with self._lock:
             live = np.flatnonzero(self._live)
             if len(live) == self.index.ntotal:
+                return True
+            if not len(live):
+                self.index.reset()
+                self._take(self.index, self.tuning)
                 return True
             logger.info("filling the index again without %s rows that are gone", f"{self.index.ntotal - len(live):,}")
             ivf = load_faiss().try_extract_index_ivf(self.index)
@@ -204,12 +224,15 @@ class FaissBackend:
             finally:
                 if ivf is not None:
                     ivf.make_direct_map(False)
+            index, tuning = self._built(Reordered(vectors))
             self.table.renumber(live)
-            self.index.reset()
-            self.index.add(vectors)
-            self._on_gpu = (-1, None)
-            self._live = np.ones(len(live), dtype=np.bool_)
-            self._filters.clear()
+            swaps = held_out_swaps(len(live))
+            moved = self.table.rows(swaps)
+            with self.table.transaction():
+                self.table.delete(key for key, _, _ in moved.values())
+                for position, (key, text, metadata) in moved.items():
+                    self.table.insert([swaps[position]], [key], [text], [metadata])
+            self._take(index, tuning)
             return True
 
     def info(self) -> dict[str, Any]:
@@ -234,6 +257,9 @@ class FaissBackend:
             )
         if not len(rows):
             return
+        if not len(self.table):
+            self._fill(rows)
+            return
         before, after = int(self.index.ntotal), int(self.index.ntotal) + len(rows)
         stored = False
         try:
@@ -241,7 +267,6 @@ class FaissBackend:
                 if replaced:
                     self.table.delete(rows.ids)
                 self.table.insert(range(before, after), rows.ids, rows.texts, rows.metadata)
-                train(self.index, rows.embeddings, self.factory)
                 self.index.add(rows.embeddings)
             stored = True
         finally:
@@ -253,6 +278,45 @@ class FaissBackend:
                 "the index compares queries with all of %s rows: an index that is built again for so many is faster",
                 f"{after:,}",
             )
+
+        trained = self.tuning.rows if self.tuning and effort_name(self.index) == "nprobe" else None
+        if trained and (after // trained).bit_length() > max(1, (before // trained).bit_length()):
+            logger.warning(
+                "the index %s was trained on %s rows, and %s were added since: one that is built again finds more",
+                *(self.factory, f"{trained:,}", f"{after - trained:,}"),
+            )
+
+    def _fill(self, rows: NewRows) -> None:
+        """Store the only rows."""
+        vectors = Reordered(rows.embeddings)
+        with self.table.transaction():
+            self.table.insert(vectors.order, rows.ids, rows.texts, rows.metadata)  # swaps are their own inverse
+            index, tuning = self._built(vectors)
+        self._take(index, tuning)
+
+    def _built(self, vectors: Reordered) -> tuple[Any, Tuning | None]:
+        """An index of this type with these vectors, trained and tuned on them if they are enough."""
+        try:
+            return build_faiss(vectors, self.factory, self.tuning.target if self.tuning else _RECALL_TARGET)
+        except ValueError:
+            if not self.index.is_trained:
+                raise
+        logger.warning(
+            "%s rows are too few to train the index %s, which goes by what it learned from others and may find too "
+            "little: build it again when there are more",
+            *(f"{vectors.shape[0]:,}", self.factory),
+        )
+        index = load_faiss().clone_index(self.index)
+        index.reset()
+        index.add(as_float(vectors[np.arange(vectors.shape[0])]))
+        return index, self.tuning
+
+    def _take(self, index: Any, tuning: Tuning | None) -> None:
+        """Go on with an index of all rows."""
+        self.index, self.tuning = index, tuning
+        self._live = np.ones(int(index.ntotal), dtype=np.bool_)
+        self._filters.clear()
+        self._on_gpu = (-1, None)
 
     def _bury(self, positions: Positions) -> None:
         self._live[positions] = False

@@ -31,6 +31,11 @@ def load_faiss() -> Any:
     return faiss
 
 
+def faiss_reason(error: Exception) -> str:
+    """What an exception of FAISS says, without the place in its source."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rsplit(": ", 1)[-1]
+
+
 @cache
 def _faiss_wheels() -> list[str]:
     """The wheels of FAISS that are installed."""

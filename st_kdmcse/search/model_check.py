@@ -69,11 +69,18 @@ def check_model(model: SentenceTransformer, header: Mapping[str, Any], place: st
             f"{found['parameters_sha256'][:12]}) is not, or in another precision: {remedy}"
         )
     cosine = float(encode_documents(model, [probe["text"]])[0] @ np.array(probe["embedding"]))
-    if cosine < _PROBE_COSINE:
+    if not cosine >= _PROBE_COSINE:
         raise ValueError(
             f"{made_by}. This one has the same parameters, but embeds a probe sentence differently (cosine "
             f"{cosine:.4f}): its pooling, prompts or input length are others; {remedy}"
         )
+
+
+def same_model(header: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two indexes were made with one model, as far as their headers tell."""
+    if header["model"]["parameters_sha256"] != other["model"]["parameters_sha256"]:
+        return False
+    return float(np.dot(header["probe"]["embedding"], other["probe"]["embedding"])) >= _PROBE_COSINE
 
 
 def load_expected(header: Mapping[str, Any], place: str) -> tuple[SentenceTransformer, str | None]:
@@ -84,6 +91,7 @@ def load_expected(header: Mapping[str, Any], place: str) -> tuple[SentenceTransf
     try:
         return load_named(str(Path(place, ENCODER)) if name == OWN_MODEL else name)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
             f"the index {place} was made with the model {name}, which could not be loaded: give it as `model` ({error})"
         ) from error

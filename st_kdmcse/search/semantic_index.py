@@ -5,6 +5,7 @@ One module, because it is one class: the interface of all of search, most of it 
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.model_check import OWN_MODEL, check_model, load_expected, load_named, model_header
-from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, write_index
+from st_kdmcse.search.model_check import OWN_MODEL, check_model, load_expected, load_named, model_header, same_model
+from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, read_manifest, write_index
 from st_kdmcse.search.tuning import check_recall_target
 
 if TYPE_CHECKING:
@@ -387,6 +388,22 @@ class SemanticIndex:
         self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
         self._path = target
         return target
+
+    def reloaded(self) -> SemanticIndex:
+        """This index, or the one that another process has saved in its folder since, with the same model.
+
+        Raises:
+            FileNotFoundError: if the folder has no index any more.
+            ValueError: if a file of it is damaged, or it was made with another model.
+        """
+        if self._path is None or read_manifest(self._path)["checksum"] == self._saved:
+            return self
+        backend, manifest = read_index(self._path)
+        if not same_model(manifest, self._header):
+            raise ValueError(f"the index {self._path} was made again, with another model: load it with that")
+        other = copy.copy(self)
+        other.backend, other._saved = backend, manifest["checksum"]
+        return other
 
     def info(self) -> dict[str, Any]:
         """What it is, for people and JSON: the engine's description, the model, and the folder."""

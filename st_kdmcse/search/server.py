@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import ipaddress
@@ -10,15 +11,17 @@ import math
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_kdmcse.data.images import ImageError
 from st_kdmcse.search.base import Filter, Hit
-from st_kdmcse.search.filters import parse_filter
+from st_kdmcse.search.filters import FilterError, parse_filter, search_typed
 from st_kdmcse.search.limits import BusyError, Limits, RateLimit, Turns
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.thumbnails import Gallery, find_gallery, thumbnail_of
@@ -35,7 +38,11 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _NEEDED = 'the search page needs FastAPI, uvicorn and Pillow: pip install "st-kdmcse[serve]"'
 _FILTERS = 10
 _GRACE = 3
-_HEAD_BYTES = 1 << 20  # of a request, so that a query that is far too long is told so
+_OTHER_HEAD_BYTES = 1 << 16  # of a request, beside query and filters
+_CONNECTIONS = 256
+_REQUEST_SECONDS = 10
+_ANSWER_SECONDS = 60
+_LOOK_SECONDS = 1.0
 
 
 def create_app(
@@ -58,6 +65,10 @@ def create_app(
     A search gives ``query``, ``k``, ``seconds`` and ``results``, of which each has ``rank``, ``score`` (cosine),
     ``id``, ``text``, ``metadata`` and ``thumbnail`` (a URL or null). Errors are ``{"error": "..."}`` with a status of
     4xx, or 503 when too many searches wait; searches take turns. Queries are not logged.
+
+    When another process saves the index, it is loaded again in the background, after the next request; the old one
+    answers until then, and memory holds both for that time. Where it cannot be loaded, or was made with another model,
+    the old one goes on, and the log says so.
 
     Args:
         index: to be searched.
@@ -82,12 +93,14 @@ def create_app(
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     headers = _headers(page)
     gallery = find_gallery(index, images, image_column)
-    description = _description(index, limits, gallery)
+    described = lru_cache(maxsize=1)(lambda index: _description(index, limits, gallery))
+    current = _Current(index)
     search_turns = Turns(limits.waiting)
     other_turns = Turns((limits.waiting + 1) * limits.results)
     search_rate = RateLimit(limits.requests_per_minute)
     other_rate = RateLimit(limits.requests_per_minute * limits.results)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.head_bytes = (1 + _FILTERS) * 12 * limits.query_characters + _OTHER_HEAD_BYTES  # as %F0%9F%90%95
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
@@ -100,7 +113,8 @@ def create_app(
 
     @get("/api/info")
     async def info() -> Any:
-        return {"rows": await other_turns.take(lambda: len(index)), **description}
+        now = current.get()
+        return await other_turns.take(lambda: {"rows": len(now), **described(now)})
 
     @get("/api/search")
     async def search(
@@ -112,14 +126,17 @@ def create_app(
             where = _checked(q, k, conditions, limits)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        seconds, hits = await search_turns.take(lambda: _timed_search(index, q, k, where))
+        try:
+            seconds, hits = await search_turns.take(lambda: _timed_search(current.get(), q, k, where))
+        except FilterError as error:
+            raise HTTPException(422, str(error)) from error
         results = [_result(rank, hit, gallery) for rank, hit in enumerate(hits, start=1)]
         return {"query": q, "k": k, "seconds": round(seconds, 4), "results": results}
 
     @get("/thumbnail")
     async def thumbnail(row: str = Query("", alias="id"), if_none_match: str = Header("")) -> Any:
         try:
-            jpeg = await other_turns.take(lambda: thumbnail_of(index, gallery, row))
+            jpeg = await other_turns.take(lambda: thumbnail_of(current.get(), gallery, row))
         except FileNotFoundError as error:
             raise HTTPException(404, str(error)) from error
         except ImageError as error:
@@ -201,6 +218,9 @@ def is_local(listener: socket.socket) -> bool:
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until Ctrl-C, and then finish what is being answered, for up to three seconds.
 
+    A connection over which no whole request comes within ten seconds is closed; of more than 256 at a time, the one
+    that has waited for longest.
+
     Args:
         app: of :func:`create_app`.
         listener: of :func:`listen`; closed in the end.
@@ -219,11 +239,77 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
-        h11_max_incomplete_event_size=_HEAD_BYTES,
+        http=_protocol(),
+        ws="none",
+        h11_max_incomplete_event_size=app.state.head_bytes,
         timeout_graceful_shutdown=_GRACE,
     )
     uvicorn.Server(config).run(sockets=[listener])
     raise KeyboardInterrupt  # uvicorn raises none in a process that was started with Ctrl-C ignored, as by nohup
+
+
+class _Current:
+    """An index in the state that its folder has; a new state is loaded while the old one is searched."""
+
+    def __init__(self, index: SemanticIndex) -> None:
+        self._index = index
+        self._look = threading.Thread()
+        self._next = 0.0
+        self._problem = ""
+
+    def get(self) -> SemanticIndex:
+        """The index; now and then, a thread looks whether its folder has changed."""
+        if time.monotonic() >= self._next and not self._look.is_alive():
+            self._next = time.monotonic() + _LOOK_SECONDS
+            self._look = threading.Thread(target=self._reload, daemon=True)
+            self._look.start()
+        return self._index
+
+    def _reload(self) -> None:
+        try:
+            found, problem = self._index.reloaded(), ""
+            if found is not self._index:
+                logger.info("the index was saved again: %s texts are served now", f"{len(found):,}")
+            self._index = found
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        if problem and problem != self._problem:
+            logger.warning("the index has changed and cannot be loaded, the one of before is served: %s", problem)
+        self._problem = problem
+
+
+def _protocol() -> type:
+    """The HTTP of uvicorn, with an end to what clients keep open."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        timer: asyncio.TimerHandle
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.timer = self.loop.call_later(_REQUEST_SECONDS, self.give_up)
+            if len(self.connections) > _CONNECTIONS:
+                everyone: set[Any] = self.connections
+                min(everyone, key=lambda each: (each.answers(), each.timer.when())).transport.abort()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.timer.cancel()
+            self.timer = self.loop.call_later(_REQUEST_SECONDS, self.give_up)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self.timer.cancel()
+
+        def answers(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def give_up(self) -> None:
+            if not self.answers():
+                self.transport.close()  # when all is sent
+                self.timer = self.loop.call_later(_ANSWER_SECONDS, self.transport.abort)
+
+    return Impatient
 
 
 def _checked(query: str, k: int, conditions: Sequence[str], limits: Limits) -> Filter | None:
@@ -245,7 +331,7 @@ def _checked(query: str, k: int, conditions: Sequence[str], limits: Limits) -> F
 
 def _timed_search(index: SemanticIndex, query: str, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
     start = time.perf_counter()
-    hits = index.search(query, k, where)
+    (hits,) = search_typed(index, [query], k, where)
     return time.perf_counter() - start, hits
 
 

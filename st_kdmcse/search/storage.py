@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from st_kdmcse import files
 from st_kdmcse.files import LOCK, byte_progress, locked, manifest_checksum, sha256_file, sync_path, write_json
 from st_kdmcse.provenance import versions
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.faiss_library import load_faiss
+from st_kdmcse.search.faiss_library import faiss_reason, load_faiss
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import Tuning
 
@@ -27,10 +28,36 @@ ENCODER = "encoder"
 """Folder of the model of an index that has its own, see :func:`~st_kdmcse.search.images.index_images`."""
 
 _FOLDER = "data-"
+_DATA = re.compile(rf"{_FOLDER}[0-9a-f]+")
 _UNFINISHED = re.compile(rf"\.({re.escape(MANIFEST)}|{ENCODER})\.[0-9a-f]+\.tmp")
 """Names of what :func:`~st_kdmcse.files.atomic_path` was writing at a kill."""
 
 _REMEDY = "build the index again, or restore a copy"
+
+_FILE = {"bytes": int, "sha256": str}
+_SHAPE: dict[str, Any] = {
+    "model": {"name": str | None, "parameters_sha256": str, "dimension": int},
+    "probe": {"text": str, "embedding": [float]},
+    "dim": int,
+    "rows": int,
+    "vectors": int,
+    "factory": str,
+    "folder": str,
+    "files": {VECTORS: _FILE, TABLE: _FILE},
+}
+"""What a manifest must hold, with types."""
+_OPTIONAL: dict[str, Any] = {
+    "tuning": {
+        "parameter": str | None,
+        "value": int | None,
+        "recall": int | float,
+        "target": int | float,
+        "queries": int,
+        "queries_per_second": int | float,
+        "rows": int | None,
+    },
+    "images": {"folder": str | None},
+}
 
 
 def is_index(path: Path) -> bool:
@@ -126,7 +153,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"there is no index at {path}: make one with st-kdmcse index build, or SemanticIndex.build"
         )
-    return files.read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)
+    manifest = files.read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)
+    optional = {name: shape for name, shape in _OPTIONAL.items() if manifest.get(name) is not None}
+    found = _misfit(manifest, _SHAPE | optional, "")
+    if found is None and not _DATA.fullmatch(manifest["folder"]):
+        found = f"folder is {reprlib.repr(manifest['folder'])}"
+    if found is None and len(manifest["probe"]["embedding"]) != manifest["model"]["dimension"]:
+        found = f"probe.embedding has {len(manifest['probe']['embedding'])} numbers"
+    if found:
+        raise ValueError(f"{path / MANIFEST} was not written by st_kdmcse: {found}; {_REMEDY}")
+    return manifest
 
 
 def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[FaissBackend, dict[str, Any]]:
@@ -147,15 +183,13 @@ def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[Faiss
         manifest = read_manifest(path)
         try:
             return _read(path, manifest, show_progress_bar), manifest
-        except FileNotFoundError:
+        except Exception:
             if is_index(path) and read_manifest(path)["checksum"] == manifest["checksum"]:
-                raise  # unless another process has saved it in the meantime
+                raise  # else another process has saved it, and removed the old files at whatever moment of the reading
 
 
 def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | None) -> FaissBackend:
     folder = path / manifest["folder"]
-    if folder.parent != path or set(manifest["files"]) != {VECTORS, TABLE}:
-        raise ValueError(f"{path / MANIFEST} names files that are not those of an index")
     expected = {folder / name: known for name, known in manifest["files"].items()}
     for file, known in expected.items():
         if not file.is_file():
@@ -170,12 +204,32 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
         for file, known in expected.items():
             if sha256_file(file, progress.update) != known["sha256"]:
                 raise ValueError(f"{file} was altered or is damaged: {_REMEDY}")
-    index = load_faiss().read_index(str(folder / VECTORS))
+    index = _read_vectors(folder / VECTORS)
     table = RowTable.open(folder / TABLE)
     if (index.d, index.ntotal, len(table)) != (manifest["dim"], manifest["vectors"], manifest["rows"]):
         raise ValueError(f"the files of {folder} do not belong together: {_REMEDY}")
-    tuning = manifest["tuning"]
-    return FaissBackend(index, table, manifest["factory"], None if tuning is None else Tuning(**tuning))
+    tuning = manifest.get("tuning")
+    measured = None if tuning is None else Tuning(**{name: tuning.get(name) for name in _OPTIONAL["tuning"]})
+    return FaissBackend(index, table, manifest["factory"], measured)
+
+
+def _read_vectors(file: Path) -> Any:
+    try:
+        return load_faiss().read_index(str(file))
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"FAISS cannot read {file} ({faiss_reason(error)}): {_REMEDY}") from error
+
+
+def _misfit(content: Any, shape: Any, name: str) -> str | None:
+    """The first part of a manifest that is not of its shape, in words."""
+    if isinstance(shape, dict) and isinstance(content, dict):
+        parts = (_misfit(content.get(key), each, f"{name}.{key}" if name else key) for key, each in shape.items())
+        return next(filter(None, parts), None)
+    if isinstance(shape, list):
+        fits = isinstance(content, list) and all(isinstance(each, shape[0]) for each in content)
+    else:
+        fits = not isinstance(shape, dict) and isinstance(content, shape) and not isinstance(content, bool)
+    return None if fits else f"{name} is {reprlib.repr(content)}"
 
 
 def _ours(path: Path) -> bool:

@@ -35,6 +35,7 @@ class Tuning:
         target: recall that was wanted.
         queries: rows that the index did not hold, which were searched for.
         queries_per_second: of the index alone, searching for all of them at once.
+        rows: how many the index had; None where that was not noted.
     """
 
     parameter: str | None
@@ -43,6 +44,7 @@ class Tuning:
     target: float
     queries: int
     queries_per_second: float
+    rows: int | None = None
 
 
 def tune(index: Any, vectors: Vectors, queries: Matrix, rows: int, target: float) -> Tuning:
@@ -70,7 +72,8 @@ def tune(index: Any, vectors: Vectors, queries: Matrix, rows: int, target: float
             "qd,qkd->qk", queries, as_float(vectors[np.maximum(found, 0).ravel()]).reshape(*found.shape, -1)
         )
         recall = float(((scores >= worst_accepted) & (found >= 0)).mean())
-        tried.append(Tuning(parameter, value, round(recall, 4), target, len(queries), round(len(queries) / seconds, 1)))
+        speed = round(len(queries) / seconds, 1)
+        tried.append(Tuning(parameter, value, round(recall, 4), target, len(queries), speed, rows + len(queries)))
         if recall >= target or (len(tried) > 4 and recall - tried[-4].recall < _PLATEAU):
             break
     highest = max(each.recall for each in tried)

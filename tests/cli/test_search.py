@@ -116,7 +116,17 @@ def test_filters(index):
     assert ids("year>=2000", "year<2010") == {"a2"}
     assert ids('lang=["de", "fr"]') == {"a3"}
     assert ids("year=1999", "lang=en") == {"a1"}
-    assert ids('year="1999"') == set()
+    assert ids("year=2000") == set()
+    assert "'year': there are numbers, and \"1999\" is not one of them" in fails(
+        "search", index, "a dog", "--filter", 'year="1999"'
+    )
+    queries = index.parent / "queries.txt"
+    queries.write_text("a dog\nsnow\n")
+    assert "did you mean 'year'?" in fails(
+        "search", index, "--queries", queries, "--out", index.parent / "results.csv", "--filter", "yaer>1"
+    )
+    assert not (index.parent / "results.csv").exists()
+    assert "did you mean 'year'?" in run("search", index, "--filter", "yaer=1", input="a dog\n").stderr
 
 
 def test_a_table_as_wide_as_the_terminal(tmp_path, model):

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from socket import create_connection
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
@@ -20,10 +22,12 @@ pytest.importorskip("faiss")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from helpers import copy_tree
 from PIL import Image
 
 from st_kdmcse import build_student
 from st_kdmcse.cli.main import main
+from st_kdmcse.files import manifest_checksum
 from st_kdmcse.search import SemanticIndex
 from st_kdmcse.search.server import listen
 
@@ -48,9 +52,12 @@ def index(tmp_path_factory, tiny_bert):
 
 
 @contextmanager
-def serving(index, *options):
-    """The real command on a free port: its process, and the URL that it says."""
-    command = [sys.executable, "-m", "st_kdmcse", "serve", str(index), "--port", "0", *map(str, options)]
+def serving(index, *options, **constants):
+    """The real command on a free port, with some constants of its module: its process, and the URL that it says."""
+    code = f"import st_kdmcse.search.server as server; vars(server).update({constants}); " + (
+        "from st_kdmcse.cli.main import main; main(prog_name='st-kdmcse')"
+    )
+    command = [sys.executable, "-c", code, "serve", str(index), "--port", "0", *map(str, options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
@@ -90,6 +97,85 @@ def test_from_start_to_end(index):
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert (process.returncode, rest, errors.strip()) == (130, "", "stopped"), "and no query is logged"
+
+
+def status(url):
+    try:
+        with urlopen(url, timeout=60) as response:
+            return response.status
+    except HTTPError as error:
+        error.close()
+        return error.code
+
+
+def closed(connection):
+    """Whether the other side closes a connection, after whatever it has to say."""
+    connection.settimeout(60)
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+HALVES = [
+    b"",
+    b"GET /api/info HT",
+    b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nX: ",
+    b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf",
+    b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
+    b"GET /api/info HTTP/1.1\r\nHost: localhost\r\n\r\nGET /api/info",
+]
+
+
+def test_half_a_request_holds_nothing_for_long(index):
+    with serving(index, _REQUEST_SECONDS=1, _CONNECTIONS=20) as (_, url), ExitStack() as opened:
+        place = re.search(r"//(.*):(\d+)", url).groups()
+        connections = [opened.enter_context(create_connection(place)) for _ in range(30)]
+        for number, connection in enumerate(connections):
+            with suppress(ConnectionError):  # closed, for those that came after it
+                connection.sendall(HALVES[number % len(HALVES)])
+        assert status(f"{url}/api/info") == 200, "though there are more connections than there may be"
+        assert all(map(closed, connections))
+        assert status(f"{url}/api/info") == 200
+        with create_connection(place) as connection:
+            with suppress(ConnectionError):
+                connection.sendall(b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * (1 << 20))
+            assert closed(connection)
+        assert status(f"{url}/api/info") == 200
+
+
+def test_an_index_that_is_saved_meanwhile_is_served(index, tmp_path):
+    folder = copy_tree(index, tmp_path / "index")
+    with serving(folder, "--rate", 100_000, _LOOK_SECONDS=0.0) as (process, url):
+        writer = SemanticIndex.load(folder)
+        search = f"{url}/api/search?{urlencode({'q': 'a small child', 'k': 1})}"
+
+        def found():
+            with urlopen(search, timeout=60) as response:
+                return json.load(response)["results"][0]["id"]
+
+        assert found() in {*"abc", SCRIPT, MARKUP}
+        writer.add(["a small child"], ids=["new"])
+        writer.save()
+        until = time.monotonic() + 60
+        while found() != "new":
+            assert time.monotonic() < until
+        with urlopen(f"{url}/api/info", timeout=60) as response:
+            assert json.load(response)["rows"] == 6
+        vectors = next(folder.glob("data-*/vectors.faiss"))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        vectors.write_bytes(b"")
+        manifest["rows"] = 7
+        manifest["checksum"] = manifest_checksum(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert [found() for _ in range(20)] == ["new"] * 20
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert "INFO: the index was saved again: 6 texts are served now" in errors
+    assert errors.count("the one of before is served: ") == 1
+    assert f"{vectors} has 0 bytes" in errors
 
 
 def test_in_a_browser(index):

@@ -83,21 +83,42 @@ def test_goes_on_after_an_interruption(stopped, build, records, monkeypatch, cap
     ]
 
 
-def test_damaged_parts_are_made_again(stopped, build, records, tmp_path, caplog):
-    parts = tmp_path / "index.parts"
-    array = parts / "part-000001.npy"
-    array.write_bytes(array.read_bytes()[:-7])
-    (parts / "part-000002.json").write_text("{")
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, lambda content: content[: len(content) // 2], lambda content: b"", None]
+)
+def test_damaged_files_of_a_build_are_made_again(stopped, build, records, tmp_path, damage):
+    folder = tmp_path / "index.parts"
+    for name in ("part-000000.npy", "part-000001.json", "rows.sqlite"):
+        if damage is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    (folder / "rows.sqlite-journal").write_bytes(b"of a transaction that was killed")
     index = build(records)
-    assert f"{array} is damaged and is made again" in caplog.text
+    assert [(hit.text, hit.metadata) for hit in index.get([record.id for record in records])] == [
+        (record.text, record.metadata) for record in records
+    ]
     assert [hits[0].id for hits in index.search([record.text for record in records], k=1)] == [
         record.id for record in records
     ]
 
 
-def test_a_table_that_was_lost_is_made_again(stopped, build, records, tmp_path):
-    (tmp_path / "index.parts" / "rows.sqlite").unlink()
-    assert len(build(records).get([record.id for record in records])) == len(records)
+def test_every_bit_of_a_part_is_checked(stopped, build, records, tmp_path, caplog):
+    file = tmp_path / "index.parts" / "part-000001.json"
+    written = file.read_bytes()
+    for position in range(0, len(written), 7):
+        file.write_bytes(written[:position] + bytes([written[position] ^ 1]) + written[position + 1 :])
+        with build_module._Parts.claimed(file.parent, build.__closure__[0].cell_contents, SOURCE, 32) as parts:
+            assert not parts.finished(1, records[32:64])
+    array = tmp_path / "index.parts" / "part-000002.npy"
+    array.write_bytes(flip_a_bit(array.read_bytes()))
+    build(records)
+    assert f"{array} is damaged and is made again" in caplog.text
 
 
 def test_other_records_do_not_continue_a_build(stopped, build, records, tiny_bert, tmp_path):

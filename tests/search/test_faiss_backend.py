@@ -27,15 +27,20 @@ TYPES = [
 ]
 
 
-def make_rows(count, start=0, seed=0):
+def make_rows(count, start=0, seed=0, centres=99):
     generator = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(20, DIM))
+    centres = np.random.default_rng(centres).normal(size=(20, DIM))
     vectors = centres[generator.integers(0, 20, count)] + 0.4 * generator.normal(size=(count, DIM))
     numbers = range(start, start + count)
     metadata = [{"n": number, "odd": bool(number % 2), "word": f"w{number % 5}"} for number in numbers]
     return NewRows.checked(
         [f"id{number}" for number in numbers], [f"text {number}" for number in numbers], vectors, metadata
     )
+
+
+def part(rows, start, stop):
+    some = slice(start, stop)
+    return NewRows(rows.ids[some], rows.texts[some], rows.embeddings[some], rows.metadata[some])
 
 
 ROWS = make_rows(1500)
@@ -229,3 +234,44 @@ def test_which_types_keep_the_vectors():
     assert not any(
         exact_scores(each) for each in ("SQ8", "HNSW32_SQ8", "IVF8,PQ4", "PCA8,Flat", "IVF8,Flat,Refine(SQfp16)")
     )
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64,PQ8x4fs,RFlat", "IVF64,SQ8,Refine(SQfp16)"])
+def test_an_index_whose_rows_are_replaced_by_others_is_trained_and_tuned_on_those(factory, caplog):
+    others, wanted = make_rows(3000, 3000, seed=7, centres=98), make_rows(40, seed=8, centres=98).embeddings
+    expected = nearest(others, wanted, 10)
+    emptied, gradual, never_filled = (FaissBackend.build(make_rows(3000), factory) for _ in range(3))
+    emptied.remove(make_rows(3000).ids)
+    emptied.add(others)
+    for start in range(0, 3000, 500):
+        gradual.add(part(others, start, start + 500))
+        gradual.remove(make_rows(3000).ids[start : start + 500])
+    assert "trained on 3,000 rows, and 3,000 were added since" in caplog.text
+    gradual.replace(part(others, 0, 1))  # one more that is gone, and they are the larger half
+    never_filled = FaissBackend.empty(DIM, factory)
+    never_filled.add(others)
+    built = recall(ids(FaissBackend.build(others, factory).search(wanted, 10)), expected)
+    assert built >= 0.85  # codes of 8 x 4 bits cannot do better
+    for backend in (emptied, gradual, never_filled):
+        assert len(backend) == backend.index.ntotal == 3000
+        assert recall(ids(backend.search(wanted, 10)), expected) == pytest.approx(built, abs=0.03)
+        assert backend.tuning.rows == 3000
+        assert [hit.text for hit in backend.get(others.ids)] == list(others.texts)
+        itself = backend.search(others.embeddings, 1)
+        assert recall(ids(itself), [[each] for each in others.ids]) > 0.95, "vectors and rows belong together"
+
+
+def test_too_few_rows_to_train_an_emptied_index_are_told(caplog):
+    backend = FaissBackend.build(ROWS, "IVF64,Flat")
+    backend.remove(ROWS.ids)
+    backend.add(make_rows(3, 2000))
+    assert "3 rows are too few to train the index IVF64,Flat" in caplog.text
+    assert {hit.id for hit in backend.search(QUERIES[:1], 10)[0]} == {"id2000", "id2001", "id2002"}
+    with pytest.raises(ValueError, match="too few to train"):
+        FaissBackend.empty(DIM, "IVF64,Flat").add(make_rows(3))
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs,RFlat", "HNSW8"])
+def test_the_nearest_alone_is_the_first_of_ten(factory):
+    backend = FaissBackend.build(ROWS, factory)
+    assert ids(backend.search(QUERIES, 1)) == [each[:1] for each in ids(backend.search(QUERIES, 10))]

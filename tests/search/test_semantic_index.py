@@ -1,6 +1,7 @@
 """Tests of st_kdmcse.search.semantic_index, .storage and .encoding."""
 
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import torch
 from helpers import copy_tree
 
 from st_kdmcse import build_student
-from st_kdmcse.files import locked, manifest_checksum
-from st_kdmcse.search import SemanticIndex, UnknownIdError
+from st_kdmcse.files import locked, manifest_checksum, sha256_file
+from st_kdmcse.search import SemanticIndex, UnknownIdError, storage
 from st_kdmcse.search.storage import read_manifest
 
 WORKER = Path(__file__).with_name("killed_index_worker.py")
@@ -186,16 +187,69 @@ def test_manifests_that_lie_are_refused(saved, student):
     for changes, message in [
         ({"version": 2}, "version 2"),
         ({"format": "other"}, "has the format"),
-        ({"folder": "../../etc"}, "names files that are not"),
-        ({"folder": str(saved)}, "names files that are not"),
-        ({"files": {"vectors.faiss": {}}}, "names files that are not"),
+        ({"folder": "../../etc"}, "folder is '../../etc'"),
+        ({"folder": ".."}, "folder is '..'"),
+        ({"folder": str(saved)}, "folder is "),
+        ({"folder": 1}, "folder is 1"),
+        ({"files": {"vectors.faiss": {}}}, "files.vectors.faiss.bytes is None"),
+        ({"files": []}, r"files is \[\]"),
         ({"rows": 61}, "do not belong together"),
+        ({"rows": "60"}, "rows is '60'"),
+        ({"rows": True}, "rows is True"),
+        ({"factory": None}, "factory is None"),
+        ({"tuning": {}}, "tuning.recall is None"),
+        ({"tuning": "good"}, "tuning is 'good'"),
+        ({"images": "/"}, "images is '/'"),
+        ({"model": {}}, "model.parameters_sha256 is None"),
+        ({"model": manifest["model"] | {"name": 7}}, "model.name is 7"),
+        ({"probe": None}, "probe is None"),
+        ({"probe": manifest["probe"] | {"embedding": [1.0]}}, "probe.embedding has 1 numbers"),
+        ({"probe": manifest["probe"] | {"embedding": ["a"] * 32}}, "probe.embedding is"),
+        ({"probe": manifest["probe"] | {"embedding": [float("nan")] * 32}}, "embeds a probe sentence differently"),
     ]:
         alter_manifest(saved, **changes)
         with pytest.raises(ValueError, match=message):
             SemanticIndex.load(saved, student)
-        alter_manifest(saved, **manifest)
+        alter_manifest(saved, **{"images": None, **manifest})
     assert len(SemanticIndex.load(saved, student)) == 60
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "./" + "m" * 5000])
+def test_a_manifest_that_names_an_impossible_model_is_refused(saved, name):
+    alter_manifest(saved, model=read_manifest(saved)["model"] | {"name": name})
+    with pytest.raises((ValueError, OSError)):
+        SemanticIndex.load(saved)
+
+
+def test_a_manifest_without_end_is_refused(saved, student):
+    (saved / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        SemanticIndex.load(saved, student)
+
+
+def test_vectors_that_faiss_cannot_read_are_named(saved, student):
+    folder = saved / read_manifest(saved)["folder"]
+    (folder / "vectors.faiss").write_bytes(b"nothing of FAISS")
+    known = {"bytes": 16, "sha256": sha256_file(folder / "vectors.faiss")}
+    alter_manifest(saved, files=read_manifest(saved)["files"] | {"vectors.faiss": known})
+    with pytest.raises(ValueError, match="FAISS cannot read .*vectors.faiss .*: build the index again"):
+        SemanticIndex.load(saved, student)
+
+
+@pytest.mark.parametrize("moment", ["sha256_file", "load_faiss", "RowTable.open"])
+def test_a_reader_gets_the_new_index_when_another_process_saves_at_any_moment(saved, student, monkeypatch, moment):
+    writer = SemanticIndex.load(saved, student)
+    writer.add(["a dog"], ids=["new"])
+    within, _, name = f"{storage.__name__}.{moment}".rpartition(".")
+    original = operator.attrgetter(moment)(storage)
+
+    def saves_before(*arguments):
+        monkeypatch.undo()
+        writer.save()
+        return original(*arguments)
+
+    monkeypatch.setattr(f"{within}.{name}", saves_before)
+    assert SemanticIndex.load(saved, student).get(["new"])[0].text == "a dog"
 
 
 def test_another_model_is_refused(saved, student, tiny_bert, tiny_roberta, tmp_path):
