@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from transformers import TrainerState, set_seed
+from transformers import ProgressCallback, TrainerState, set_seed
 
 from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator, spearman, sts_evaluator
 from st_kdmcse.files import locked, read_json, write_json
@@ -35,6 +35,7 @@ from st_kdmcse.training.head_init import align_heads
 from st_kdmcse.training.inputs import TrainingInputs, check_sizes, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.progress import ShowProgress
 from st_kdmcse.training.run_folder import (
     CHECKPOINTS_NAME,
     LAST_NAME,
@@ -115,7 +116,7 @@ def _train(
         options.gather_across_devices,
         options.mini_batch_size,
     )
-    filters = _announce_filters(loss) if state.is_main_process else []
+    filters = _announce_filters(loss, options) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
     if state.is_main_process:
         claim_student(options.output_dir, run, student_checksums(model[0].auto_model, model.tokenizer))
@@ -140,6 +141,8 @@ def _train(
     )
     if options.head_init == "ridge" and checkpoint is None and state.is_main_process and isinstance(loss, GroundedLoss):
         align_heads(loss, pair_rows(inputs.sources["pairs"]))  # the other processes get these heads
+    if trainer.pop_callback(ProgressCallback):  # the stock one
+        trainer.add_callback(ShowProgress())
     trainer.add_callback(KeepTwoCheckpoints())
     best = KeepBest(checkpoints, trainer) if evaluator else None
     if best:
@@ -186,13 +189,14 @@ def changes_since_start(options: TrainingOptions, checksums: Mapping[str, str] |
     return changes_of_run(path, read_json(path, "remove its folder and train again"), record)
 
 
-def _announce_filters(loss: TwoViewLoss) -> list[BranchFilter]:
+def _announce_filters(loss: TwoViewLoss, options: TrainingOptions) -> list[BranchFilter]:
     """Say what the filter of each branch removes, before a run of hours; warn where it removes nothing."""
     filters = branch_filters(loss)
     for branch in filters:
         logger.info("%s", branch)
-        if branch.removes_nothing:
-            logger.warning("%s", branch.remedy)
+        remedy = branch.remedy(options.loss_config())
+        if remedy:
+            logger.warning("%s", remedy)
     return filters
 
 

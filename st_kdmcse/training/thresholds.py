@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from st_kdmcse.config import SoftLabel
+from st_kdmcse.config import KDMCSEConfig, SoftLabel
 from st_kdmcse.data.scores import negatives_removed
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.kdmcse import KDMCSELoss
@@ -34,12 +34,18 @@ class BranchFilter:
         """Whether no negative of the sample leaves."""
         return self.removed == 0
 
-    @property
-    def remedy(self) -> str:
-        """What to do about a filter that removes nothing."""
+    def remedy(self, asked: KDMCSEConfig) -> str | None:
+        """What to do about a filter that removes nothing; None where it removes something, or "auto" has found that.
+
+        Args:
+            asked: the options that the user gave, in which a threshold may be "auto".
+        """
+        if not self.removes_nothing or getattr(asked, self.option) == "auto":
+            return None
+        other = 'to "auto", or to a score that occurs' if asked.filter_calibration == "none" else "to a smaller share"
         return (
             f"the filter of the {self.branch} branch removes nothing: in a sample of the features no {self.score} "
-            f'score of two images reaches {self.threshold:g}. Set `{self.option}` to "auto", or to a score that occurs'
+            f"score of two images reaches {self.threshold:g}. Set `{self.option}` {other}"
         )
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """What the filters remove is said before a run."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 from small_runs import options, write_data
@@ -54,6 +55,21 @@ def negatives_score(loss, kind, share, calibration):
 def test_where_no_score_decides_nothing_is_said(student, store):
     for config in (KDMCSEConfig(filter_relative=True), KDMCSEConfig(multimodal_weight=0)):
         assert branch_filters(KDMCSELoss(student, config, features=store)) == []
+
+
+def test_the_remedy_is_one_that_can_be_followed(student, store):
+    def remedy(**options):
+        asked = KDMCSEConfig(text_threshold=None, **options)
+        (image,) = branch_filters(KDMCSELoss(student, asked, features=store))
+        return image.remedy(asked)
+
+    assert 'Set `image_threshold` to "auto"' in remedy(image_threshold=0.99999)
+    beyond = {"image_threshold": 1.0, "filter_calibration": "quantile", "filter_inclusive": False}
+    assert "Set `image_threshold` to a smaller share" in remedy(**beyond)
+    assert remedy(image_threshold=0.2) is None
+    asked = KDMCSEConfig(image_threshold="auto", text_threshold=None)
+    (image,) = branch_filters(KDMCSELoss(student, asked, features=store))
+    assert replace(image, removed=0.0).remedy(asked) is None
 
 
 @pytest.mark.parametrize("threshold", [0.99999, 0.3])
