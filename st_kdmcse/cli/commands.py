@@ -1,4 +1,4 @@
-"""What all commands have: a width, and options from a file with ``--config``."""
+"""What all commands have: a width, options from a file with ``--config``, and ``--traceback``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from typing import Any
 import click
 
 _EXTRACTION = "extraction"
+_TRACEBACK = "st_kdmcse.traceback"
 _OF_A_NEW_RUN = ("output_dir", "resume")
 
 
 class Command(click.Command):
-    """A command with ``--config``, whose file gives the options that the command line does not."""
+    """A command with ``--config``, whose file gives the options that the command line does not, and ``--traceback``."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **_with_width(settings))
-        self.params.append(
-            click.Option(
-                ["--config"],
-                type=click.Path(path_type=Path),
-                is_eager=True,
-                expose_value=False,
-                callback=_read_defaults,
-                help="YAML or JSON file of options, or the run.json of a run; the command line goes first.",
-            )
-        )
+        from_file = "YAML or JSON file of options, or the run.json of a run; the command line goes first."
+        self.params += [
+            _option("--config", _read_defaults, from_file, type=click.Path(path_type=Path)),
+            _option("--traceback", _remember, "Show where in the code an error comes from.", is_flag=True),
+        ]
 
 
 class Group(click.Group):
@@ -48,6 +44,20 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Callable[...,
         settings: as for ``click.command``.
     """
     return click.command(name, cls=Command, **settings)
+
+
+def shows_tracebacks() -> bool:
+    """Whether the command that runs was given ``--traceback``."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_TRACEBACK))
+
+
+def _option(flag: str, callback: Callable[..., None], text: str, **settings: Any) -> click.Option:
+    return click.Option([flag], is_eager=True, expose_value=False, callback=callback, help=text, **settings)
+
+
+def _remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.meta[_TRACEBACK] = value
 
 
 def _with_width(settings: dict[str, Any]) -> dict[str, Any]:

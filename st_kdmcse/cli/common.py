@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from st_kdmcse.cli.commands import shows_tracebacks
 from st_kdmcse.data import BadRowError
 from st_kdmcse.precision import PRECISIONS, Precision
 
@@ -98,11 +100,13 @@ class friendly_errors:  # noqa: N801 - a context manager, named like one
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
         if isinstance(error, KeyboardInterrupt):
             click.echo(f"\n{with_flags(str(error)) or self._after_interrupt}", err=True)
             sys.exit(130)
         if isinstance(error, ValueError | OSError | ImportError):
+            if shows_tracebacks():
+                click.echo("".join(traceback.format_exception(error)), err=True)
             remedy = "; --on-error skip leaves bad rows out, and lists them" if isinstance(error, BadRowError) else ""
             click.echo(f"error: {with_flags(str(error))}{remedy}", err=True)
             sys.exit(2)

@@ -47,6 +47,8 @@ _TEXT_ALONE = {"multimodal_weight": 0.0}  # KDMCSELoss is SimCSE then, to the bi
 _LISTS = {"list_weight": 1.0}
 _IMAGE_LISTS = {"list_weight": 1.0, "list_text_weight": 0.0, "list_cross_weight": 0.0}
 _CROSS_LISTS = {"list_weight": 1.0, "list_text_weight": 0.0, "list_image_weight": 0.0}
+_CAPTION_LISTS = {"list_weight": 1.0, "list_cross_weight": 0.0, "list_image_weight": 0.0}
+_PICTURE_LISTS = {"list_weight": 1.0, "list_text_weight": 0.0}  # cross 1 and image 0.5, without the captions' own
 _QUANTILES = {"margin": 0.25, "soft_label_calibration": "quantile"}
 _ONE_PERCENT = {"filter_calibration": "quantile", "image_threshold": 0.99, "text_threshold": 0.99}
 _SOFT = {"same_image": "positive"}
@@ -77,6 +79,7 @@ ARMS: dict[str, Arm] = {
         "SimCSE + lists of images, permuted", "kdmcse", {**_TEXT_ALONE, **_IMAGE_LISTS}, {**_HEADS, **_PERMUTED}
     ),
     "lists-cross": Arm("SimCSE + lists of captions and images", "kdmcse", {**_TEXT_ALONE, **_CROSS_LISTS}, _HEADS),
+    "lists-text": Arm("SimCSE + lists of captions", "kdmcse", {**_TEXT_ALONE, **_CAPTION_LISTS}, _HEADS),
     "lists": Arm("SimCSE + fused lists", "kdmcse", {**_TEXT_ALONE, **_LISTS}, _HEADS),
     "lists-shuffled": Arm(
         "SimCSE + fused lists, shuffled in groups", "kdmcse", {**_TEXT_ALONE, **_LISTS, "list_shuffle": True}, _HEADS
@@ -86,12 +89,24 @@ ARMS: dict[str, Arm] = {
     ),
     "recipe": Arm("KDMCSE + fused lists + soft positives", "kdmcse", {}, _RECIPE),
     "recipe-permuted": Arm("the same, pictures permuted", "kdmcse", {}, {**_RECIPE, **_PERMUTED}),
+    "pictures": Arm(
+        "KDMCSE + lists without the text branch + soft positives",
+        "kdmcse",
+        {**_LAMBDA, **_PICTURE_LISTS, **_SOFT},
+        _TWO_CAPTIONS,
+    ),
+    "pictures-permuted": Arm(
+        "the same, pictures permuted",
+        "kdmcse",
+        {**_LAMBDA, **_PICTURE_LISTS, **_SOFT},
+        {**_TWO_CAPTIONS, **_PERMUTED},
+    ),
     "gentle": Arm("fused lists, retention, no text loss", "kdmcse", {**_TEXT_ALONE, **_LISTS, **_RETAIN}, _GENTLE),
 }
 """The arms by name. All train on the captions as text too, in one order for each seed; those with soft positives draw
 two captions of an image at a time."""
 
-MAIN_ARMS = ("simcse", "mcse", "kdmcse", "lists", "recipe", "recipe-permuted")
+MAIN_ARMS = ("simcse", "mcse", "kdmcse", "recipe", "recipe-permuted", "lists-image", "lists-image-permuted")
 """Those that the tests are about."""
 
 CONTRASTS: tuple[Contrast, ...] = (
@@ -99,7 +114,9 @@ CONTRASTS: tuple[Contrast, ...] = (
     Contrast("kdmcse", "mcse"),
     Contrast("recipe", "kdmcse", 0.8),
     Contrast("recipe", "simcse", 1.6),
-    Contrast("lists", "simcse"),
     Contrast("simcse", "recipe-permuted"),
+    Contrast("recipe", "recipe-permuted"),
+    Contrast("lists-image", "simcse"),
+    Contrast("lists-image", "lists-image-permuted"),
 )
 """The family that Holm's correction is for; those of which an arm was not trained are left out."""

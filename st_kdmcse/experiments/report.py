@@ -383,4 +383,4 @@ def setting_text(run: Run, name: str) -> str:
 
 def plain_setting(name: str, value: Any) -> Any:
     """A setting without the place on a machine where a model was."""
-    return "/".join(Path(value).parts[-2:]) if name == "model" and Path(value).is_absolute() else value
+    return Path(value).name if name == "model" and Path(value).is_absolute() else value

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from st_kdmcse.cli.common import friendly_errors, quiet_libraries, with_flags
+from st_kdmcse.cli.main import main
 
 
 @click.command()
@@ -36,3 +37,13 @@ def test_parameters_become_flags_of_the_command(flags, monkeypatch):
 
 def test_outside_of_a_command_nothing_changes():
     assert with_flags("`batch_size` is 0") == "`batch_size` is 0"
+
+
+def test_a_traceback_on_request(tmp_path):
+    arguments = ["inspect", str(tmp_path / "nowhere")]
+    plain, whole = (CliRunner().invoke(main, [*arguments, *more]) for more in ([], ["--traceback"]))
+    assert (plain.exit_code, whole.exit_code) == (2, 2)
+    assert "Traceback" not in plain.output
+    assert whole.output.startswith("Traceback (most recent call last):")
+    assert whole.output.splitlines()[-1] == plain.output.splitlines()[-1]
+    assert "in open\n" in whole.output
