@@ -16,6 +16,7 @@ COMMANDS = {
     "merge": ("extraction:merge_command", "Join the shards of an extraction into a feature store."),
     "inspect": ("extraction:inspect", "Show what is in a feature store."),
     "evaluate": ("main:evaluate", "Score a model on benchmarks, or look at what it has learned."),
+    "export": ("export:main", "Make a model of sentences and images of a finished run."),
     "ablate": ("ablation:main", "Train several methods over seeds, and compare them."),
     "sweep": ("margin_sweep:main", "Train KDMCSE with several margins over seeds, and compare them."),
     "compare": ("compare:main", "Compare finished runs, seed by seed."),

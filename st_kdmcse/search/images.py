@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense
-from torch import nn
 
 from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
@@ -21,6 +19,7 @@ from st_kdmcse.search.model_check import OWN_MODEL
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import check_free
 from st_kdmcse.search.tuning import check_recall_target
+from st_kdmcse.training.text_image import dense_layer
 
 IMAGE = "image"
 """Name of the metadata that has the file of an image."""
@@ -104,9 +103,7 @@ def text_to_image_encoder(model: SentenceTransformer, heads: str | Path) -> Sent
             f"the grounding head in {heads} takes embeddings of width {head.dense.in_features}, the model's are of "
             f"width {dim}: give the model that it was trained with"
         )
-    dense = Dense(dim, head.dense.out_features, activation_function=nn.Tanh())
-    dense.linear.load_state_dict(head.dense.state_dict())
-    encoder = SentenceTransformer(modules=[*model, dense], device=str(model.device), prompts=model.prompts)
+    encoder = SentenceTransformer(modules=[*model, dense_layer(head)], device=str(model.device), prompts=model.prompts)
     encoder.eval()
     return encoder
 

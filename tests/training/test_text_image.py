@@ -1,0 +1,190 @@
+"""A run as a stock model of sentences and images."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from small_runs import options, write_data
+from teacher_models import make_tiny_clip, make_tiny_siglip
+
+from st_kdmcse import FeatureStore
+from st_kdmcse.cli.main import main
+from st_kdmcse.losses.heads import load_head
+from st_kdmcse.teachers import CLIPTeacher
+from st_kdmcse.training import TrainingOptions, train
+from st_kdmcse.training.text_image import export_text_image
+
+IMAGES = 12
+CAPTION = "a dog runs on the beach"
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip normalized"])
+def trained(request, tmp_path_factory, tiny_bert, sentences, store):
+    """A folder with images, features of a teacher, and a run on them."""
+    kind, normalized = request.param.split()[0], "normalized" in request.param
+    folder = tmp_path_factory.mktemp("trained")
+    write_data(folder, sentences, store)
+    make = {"clip": make_tiny_clip, "siglip": make_tiny_siglip}[kind]
+    teacher = CLIPTeacher(make(folder / "teacher"), precision="float32")
+    run_of_images(folder, teacher, tiny_bert, normalized)
+    return folder
+
+
+def run_of_images(folder, teacher, student, normalized=False, method="kdmcse"):
+    generator = np.random.default_rng(3)
+    (folder / "images").mkdir(exist_ok=True)
+    names = [f"{number}.png" for number in range(IMAGES)]
+    for name in names:
+        pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / name)
+    captions = [f"{CAPTION} {number}" for number in range(IMAGES)]
+    features = [teacher.encode_images([folder / "images" / name for name in names]), teacher.encode_texts(captions)]
+    if normalized:
+        features = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in features]
+    rows, place = np.arange(IMAGES), folder / "of-images"
+    shutil.rmtree(place, ignore_errors=True)
+    FeatureStore.from_arrays(place, *features, captions, rows, names, teacher=teacher.name, dtype="float32")
+    given = options(folder, student, features=place, output_dir=folder / "run", method=method, eval_steps=0)
+    train(TrainingOptions(**given))
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    teacher = str(trained / "teacher")
+    export_text_image(trained / "run", trained / "exported", teacher=teacher, device="cpu")
+    return trained / "exported"
+
+
+def pictures(folder):
+    return [Image.open(folder / "images" / f"{number}.png") for number in range(IMAGES)]
+
+
+def test_vectors_are_those_that_the_loss_compares(trained, exported):
+    model = SentenceTransformer(str(exported), device="cpu")
+    store = FeatureStore.open(trained / "of-images")
+    head = load_head(trained / "run" / "heads", "teacher_image")
+    with torch.inference_mode():
+        expected = head(torch.from_numpy(np.array(store.image_features)))
+        expected = torch.nn.functional.normalize(expected, dim=1).numpy()
+    found = model.encode(pictures(trained))
+    assert np.abs(found - expected).max() < 1e-5
+    student = SentenceTransformer(str(trained / "run"), device="cpu")
+    grounding = load_head(trained / "run" / "heads", "grounding")
+    texts = [CAPTION, "two men", CAPTION]
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(grounding(torch.from_numpy(student.encode(texts))), dim=1).numpy()
+    assert np.abs(model.encode(texts) - expected).max() < 1e-5
+    assert model.encode(CAPTION).shape == (256,)
+    assert model.similarity(model.encode(texts), found).shape == (3, IMAGES)
+
+
+def test_it_needs_nothing_of_this_package(trained, exported, tmp_path):
+    code = (
+        "import sys; sys.modules['st_kdmcse'] = None\n"
+        "import numpy as np\nfrom PIL import Image\nfrom sentence_transformers import SentenceTransformer\n"
+        "model = SentenceTransformer(sys.argv[1], device='cpu')\n"
+        "images = [Image.open(path) for path in sys.argv[3:]]\n"
+        f"np.savez(sys.argv[2], texts=model.encode(['{CAPTION}', 'a cat']), images=model.encode(images))\n"
+    )
+    files = [str(trained / "images" / f"{number}.png") for number in range(IMAGES)]
+    subprocess.run([sys.executable, "-c", code, str(exported), str(tmp_path / "out.npz"), *files], check=True)
+    model = SentenceTransformer(str(exported), device="cpu")
+    with np.load(tmp_path / "out.npz") as there:
+        assert np.abs(there["images"] - model.encode(pictures(trained))).max() < 1e-6
+        assert np.abs(there["texts"] - model.encode([CAPTION, "a cat"])).max() < 1e-6
+    card = (exported / "README.md").read_text()
+    assert "transformers:teacher@" in card
+    assert FeatureStore.open(trained / "of-images").checksum in card
+
+
+def test_the_command(trained):
+    out = trained / "by-command"
+    result = CliRunner().invoke(main, ["export", str(trained / "run"), "--out", str(out), "--device", "cpu"])
+    assert result.exit_code == 2  # of a folder, the features name no model that could be found
+    assert "give the folder or name of one with the same weights as --teacher" in result.output
+    arguments = ["export", str(trained / "run"), "--out", str(out), "--teacher", str(trained / "teacher")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "(256 dimensions)" in result.output
+    again = CliRunner().invoke(main, arguments)
+    assert (again.exit_code, "not empty" in again.output) == (2, True)
+
+
+def test_another_teacher_is_refused(trained, tmp_path):
+    other = make_tiny_clip(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="is not the teacher of|has features of width"):
+        export_text_image(trained / "run", tmp_path / "out", teacher=str(other))
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_that_are_not_those_of_the_run(trained, store, tmp_path):
+    teacher = str(trained / "teacher")
+    with pytest.raises(ValueError, match=r"is not the feature store of .*`features`"):
+        export_text_image(trained / "run", tmp_path / "out", teacher=teacher, features=store.path)
+    with pytest.raises(FileNotFoundError, match="say where they are as `features`"):
+        export_text_image(trained / "run", tmp_path / "out", teacher=teacher, features=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_library_is_compared_on_images(tmp_path, tiny_bert, sentences, store):
+    write_data(tmp_path, sentences, store)
+    clip = make_tiny_clip(tmp_path / "teacher")
+    run_of_images(tmp_path, CLIPTeacher(clip, precision="float32"), tiny_bert)
+    place = tmp_path / "of-images"
+    features = FeatureStore.open(place)
+    rewrite(place, features, "open_clip:ViT-B-32/openai")
+    given = options(tmp_path, tiny_bert, features=place, output_dir=tmp_path / "run2", eval_steps=0)
+    train(TrainingOptions(**given))
+    with pytest.raises(ValueError, match=r"must be seen on images.*`images`"):
+        export_text_image(tmp_path / "run2", tmp_path / "out", teacher=str(clip))
+    with pytest.raises(FileNotFoundError, match=r"0\.png does not exist"):
+        export_text_image(tmp_path / "run2", tmp_path / "out", teacher=str(clip), images=tmp_path)
+    other = make_tiny_clip(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="is not the teacher of .* has cosine"):
+        export_text_image(tmp_path / "run2", tmp_path / "out", teacher=str(other), images=tmp_path / "images")
+    (tmp_path / "damaged").mkdir()
+    for number in range(IMAGES):
+        (tmp_path / "damaged" / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        export_text_image(tmp_path / "run2", tmp_path / "out", teacher=str(clip), images=tmp_path / "damaged")
+    assert not (tmp_path / "out").exists()
+    export_text_image(tmp_path / "run2", tmp_path / "out", teacher=str(clip), images=tmp_path / "images")
+    assert SentenceTransformer(str(tmp_path / "out")).encode(pictures(tmp_path)).shape == (IMAGES, 256)
+
+
+def rewrite(place, features, teacher):
+    arrays = [np.array(features.image_features), np.array(features.text_features)]
+    captions = [caption for _, caption in features.captions()]
+    names = [features.image_id(row) for row in range(len(features))]
+    shutil.rmtree(place)
+    rows = np.arange(len(captions))
+    FeatureStore.from_arrays(place, *arrays, captions, rows, names, teacher=teacher, dtype="float32")
+
+
+def test_runs_without_heads_for_images(tmp_path, tiny_bert, sentences, store):
+    data = write_data(tmp_path, sentences, store)
+    train(TrainingOptions(**options(data, tiny_bert, method="simcse", output_dir=tmp_path / "run", eval_steps=0)))
+    with pytest.raises(ValueError, match="has no grounding head, only text: train with mcse or kdmcse"):
+        export_text_image(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: there is no training_summary\.json"):
+        export_text_image(tmp_path, tmp_path / "out")
+    (tmp_path / "run" / "training_summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        export_text_image(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_damaged_summary_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    path = tmp_path / "run" / "training_summary.json"
+    summary = json.loads(path.read_text())
+    for damaged in ("{", json.dumps({**summary, "options": {}}), json.dumps({"method": "kdmcse", "teacher": "t"})):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"training_summary\.json"):
+            export_text_image(tmp_path / "run", tmp_path / "out")
