@@ -30,6 +30,7 @@ COMMANDS = {
 EVALUATIONS = {
     "sts": ("sts:main", "Score a model on STS12 to STS16, STS-B and SICK-R, and CxC."),
     "transfer": ("transfer:main", "Score a model on MR, CR, SUBJ, MPQA, SST2, TREC and MRPC."),
+    "retrieval": ("retrieval:main", "Find images by captions and captions by images: recall of student and teacher."),
     "alignment": ("alignment_uniformity:main", "Measure alignment and uniformity of models."),
     "thresholds": ("threshold_statistics:main", "Show how often a teacher's score reaches a threshold."),
     "plot": ("visualize:main", "Draw maps of sentences, and list nearest neighbours."),

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.files import progress_bar
-from st_kdmcse.losses.heads import ProjectionHead, load_head
-from st_kdmcse.search.base import Matrix, NewRows
+from st_kdmcse.losses.heads import load_head
+from st_kdmcse.search.base import NewRows
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.model_check import OWN_MODEL
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import check_free
 from st_kdmcse.search.tuning import check_recall_target
-from st_kdmcse.training.text_image import dense_layer
+from st_kdmcse.training.text_image import dense_layer, project_images
 
 IMAGE = "image"
 """Name of the metadata that has the file of an image."""
@@ -74,7 +69,7 @@ def index_images(
     folder = None if images is None else Path(images).resolve()
     if folder is not None:
         _check_files(folder, ids)
-    embeddings = _embeddings(store, head, show_progress_bar)
+    embeddings = project_images(store, head, show_progress_bar)
     rows = NewRows.checked(ids, captions, embeddings, [{} if folder is None else {IMAGE: each} for each in ids])
     notes = {"folder": None if folder is None else str(folder), "store": store.checksum, "teacher": store.teacher}
     backend = FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar)
@@ -129,15 +124,3 @@ def _check_files(folder: Path, ids: list[str]) -> None:
             f"{len(missing):,} of {len(ids):,} images are not in {folder}, the first is {missing[0]}: name the folder "
             "that the features were extracted from"
         )
-
-
-def _embeddings(store: FeatureStore, head: ProjectionHead, show: bool | None) -> Matrix:
-    """(images, projection) outputs of the teacher_image head."""
-    features = store.image_features
-    embeddings = np.empty((len(features), head.dense.out_features), dtype=np.float32)
-    with torch.inference_mode(), progress_bar(len(features), "Projecting images", "image", show) as progress:
-        for start in range(0, len(features), ROWS_PER_CHUNK):
-            chunk: Any = torch.from_numpy(np.array(features[start : start + ROWS_PER_CHUNK], dtype=np.float32))
-            embeddings[start : start + len(chunk)] = head(chunk).numpy()
-            progress.update(len(chunk))
-    return embeddings

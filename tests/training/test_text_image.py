@@ -16,6 +16,7 @@ from teacher_models import make_tiny_clip, make_tiny_siglip
 
 from st_kdmcse import FeatureStore
 from st_kdmcse.cli.main import main
+from st_kdmcse.evaluation.retrieval import evaluate_retrieval
 from st_kdmcse.losses.heads import load_head
 from st_kdmcse.teachers import CLIPTeacher
 from st_kdmcse.training import TrainingOptions, train
@@ -188,3 +189,36 @@ def test_a_damaged_summary_is_refused(trained, tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"training_summary\.json"):
             export_text_image(tmp_path / "run", tmp_path / "out")
+
+
+def test_retrieval_of_student_and_teacher(trained, tmp_path, exported):
+    store = FeatureStore.open(trained / "of-images")
+    arguments = ["evaluate", "retrieval", str(trained / "run"), "--features", str(store.path), "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "out.json")])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out.json").read_text())
+    model = SentenceTransformer(str(exported), device="cpu")
+    captions = [caption for _, caption in store.captions()]
+    expected = {
+        "student": evaluate_retrieval(model.encode(captions), model.encode(pictures(trained)), store.image_rows),
+        "teacher": evaluate_retrieval(store.text_features[store.text_rows], store.image_features, store.image_rows),
+    }
+    assert list(record["retrieval"]) == ["student", "teacher"]
+    for name, of_model in expected.items():
+        for direction, each in of_model.items():
+            found = record["retrieval"][name][direction]
+            assert found["recall"] == {str(k): pytest.approx(value) for k, value in each.recall.items()}
+            assert (found["queries"], found["median_rank"]) == (IMAGES, each.median_rank)
+            assert f"{each.recall[5]:8.2f}" in result.output
+    assert result.output.count("  chance     8.33   41.67   83.33\n") == 2
+    (tmp_path / "some.txt").write_text("3.png\n7.png\n")
+    some = CliRunner().invoke(main, [*arguments, "--only", str(tmp_path / "some.txt")])
+    assert "2 queries, 2 candidates" in some.output
+    assert "  chance    50.00  100.00  100.00\n" in some.output
+
+
+def test_retrieval_with_features_of_another_teacher(trained, store):
+    result = CliRunner().invoke(main, ["evaluate", "retrieval", str(trained / "run"), "--features", str(store.path)])
+    assert (result.exit_code, "give features of the teacher" in result.output) == (2, True)
+    nothing = CliRunner().invoke(main, ["evaluate", "retrieval", str(trained), "--features", str(store.path)])
+    assert (nothing.exit_code, "heads.safetensors does not exist" in nothing.output) == (2, True)
