@@ -261,7 +261,7 @@ class MCSEConfig:
 
 def _check(config: KDMCSEConfig | MCSEConfig, name: str, valid: bool, expected: str) -> None:
     if not valid:
-        raise ValueError(f"{type(config).__name__}: {name} must be {expected}, got {getattr(config, name)!r}")
+        raise ValueError(f"{type(config).__name__}: `{name}` must be {expected}, got {getattr(config, name)!r}")
 
 
 def _check_choice(config: KDMCSEConfig, name: str, choices: tuple[str, ...]) -> None:

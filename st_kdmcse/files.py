@@ -153,6 +153,8 @@ def atomic_path(path: str | Path, keep_existing: bool = False) -> Iterator[Path]
                 numpy.savez(temporary.open("wb"), scores=scores)
     """
     path = Path(path)
+    if not path.name:  # "." and "/"
+        raise ValueError(f"{path} is a folder that is there: give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

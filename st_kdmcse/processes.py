@@ -29,6 +29,16 @@ def processes() -> PartialState:
     return state
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that NumPy does not take.
+
+    Raises:
+        ValueError: if it is not from 0 to 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` must be from 0 to {2**32 - 1}, got {seed}")
+
+
 def memory_mib(entry: str = "VmHWM") -> float:
     """Resident memory of this process in MiB; Linux only.
 

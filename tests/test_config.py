@@ -94,13 +94,13 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
 def test_lists_need_a_branch():
     none = {"list_text_weight": 0, "list_cross_weight": 0, "list_image_weight": 0}
     assert KDMCSEConfig(**none).list_weight == 0
-    with pytest.raises(ValueError, match="list_weight must be 0 where all three branches have weight 0"):
+    with pytest.raises(ValueError, match="`list_weight` must be 0 where all three branches have weight 0"):
         KDMCSEConfig(list_weight=1.0, **none)
 
 
 @pytest.mark.parametrize("threshold", ["auto", -0.1, 1.5])
 def test_thresholds_of_a_calibrated_filter_are_shares(threshold):
-    with pytest.raises(ValueError, match="text_threshold must be a share of pairs from 0 to 1"):
+    with pytest.raises(ValueError, match="`text_threshold` must be a share of pairs from 0 to 1"):
         KDMCSEConfig(filter_calibration="quantile", text_threshold=threshold)
     KDMCSEConfig(filter_calibration="quantile", text_threshold=threshold, filter_negatives=False)
     with pytest.raises(ValueError, match="filter_score"):

@@ -66,6 +66,13 @@ def test_folders_are_replaced_or_kept(tmp_path):
     assert (path / "file").read_text() == "three"
 
 
+def test_a_folder_without_a_name_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"\. is a folder that is there"):
+        write_json(".", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "score.json", {"score": float("nan")})

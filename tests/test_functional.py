@@ -314,3 +314,21 @@ def test_alignment_is_the_mean_squared_distance_on_the_sphere():
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(rows(0, N, DIM))
+
+
+@pytest.mark.parametrize("offset", [-1, 2])
+def test_a_positive_outside_of_the_candidates_is_refused(offset):
+    rows, scores = torch.eye(3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    candidates = torch.cat([rows, rows[:1]])
+    calls = [
+        lambda: functional.info_nce(rows, candidates, positive_offset=offset),
+        lambda: functional.arc_cse(rows, candidates, 0.1, positive_offset=offset),
+        lambda: functional.adap_acse(rows, candidates, scores, 0.1, positive_offset=offset),
+        lambda: functional.threshold_filter(scores, 0.5, positive_offset=offset),
+        lambda: functional.relative_filter(scores, positive_offset=offset),
+        lambda: functional.soft_targets(scores, positive_offset=offset),
+        lambda: functional.list_distillation(rows, candidates, scores, positive_offset=offset),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"3 anchors from candidate {offset} on"):
+            call()

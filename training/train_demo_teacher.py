@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from st_kdmcse.cli.common import COUNT, NUMBER, SEED
 from st_kdmcse.demo.scenes import (
     Scene,
     captions,
@@ -42,11 +43,13 @@ MAX_LOGIT_SCALE = float(np.log(100))
 
 @click.command()
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the teacher.")
-@click.option("--steps", default=2500, show_default=True, help="Training steps.")
-@click.option("--batch-size", default=128, show_default=True, help="Scenes a step; half of them edit the other half.")
-@click.option("--learning-rate", default=1e-3, show_default=True, help="Peak of the one-cycle schedule.")
-@click.option("--weight-decay", default=0.05, show_default=True, help="AdamW weight decay.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the weights and the scenes.")
+@click.option("--steps", type=COUNT, default=2500, show_default=True, help="Training steps.")
+@click.option(
+    "--batch-size", type=COUNT, default=128, show_default=True, help="Scenes a step; half of them edit the other half."
+)
+@click.option("--learning-rate", type=NUMBER, default=1e-3, show_default=True, help="Peak of the one-cycle schedule.")
+@click.option("--weight-decay", type=NUMBER, default=0.05, show_default=True, help="AdamW weight decay.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the weights and the scenes.")
 def main(output_dir: Path, steps: int, batch_size: int, learning_rate: float, weight_decay: float, seed: int) -> None:
     """Trains the demo teacher and reports it on held-out scenes."""
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 import traceback
@@ -85,6 +86,43 @@ def _with_cxc(context: click.Context, parameter: click.Parameter, value: tuple[P
     if bool(value) != (context.params.get("cxc") is not None):
         raise click.UsageError("--cxc and --coco-captions go together: give both, or none")
     return value
+
+
+class _Finite(click.types.FloatParamType):
+    """A number that is neither infinite nor nan."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+class Whole(click.types.IntParamType):
+    """A whole number of 32 bits; with a range of click, its upper end would stand in the help text.
+
+    Args:
+        smallest: that is allowed.
+        largest: that is allowed.
+    """
+
+    def __init__(self, smallest: int, largest: int = 2**31 - 1) -> None:
+        self._smallest, self._largest = smallest, largest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if not self._smallest <= number <= self._largest:
+            self.fail(f"{number} is not from {self._smallest} to {self._largest}", param, ctx)
+        return number
+
+
+NUMBER = _Finite()
+"""The type of options that are numbers."""
+COUNT = Whole(-(2**31))
+"""The type of options that are whole numbers; what is below 0 has messages of its own."""
+SEED = Whole(0, 2**32 - 1)
+"""The type of seeds, as NumPy takes them."""
 
 
 class friendly_errors:  # noqa: N801 - a context manager, named like one

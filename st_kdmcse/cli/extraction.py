@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import SEED, Whole, friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.inspection import inspect_store
 from st_kdmcse.data.readers import FORMATS
@@ -43,9 +43,9 @@ def extraction_options(command: Command, in_training: bool = False, **defaults: 
         "split": {"help": "Part of the data set: a name (train), or a file of image ids."},
         "image_column": {"help": "Column of the image in a table or hub data set."},
         "caption_column": {"help": "Column of the caption (or captions) there."},
-        "captions_per_image": {"type": click.IntRange(1), "help": "Captions drawn of each image.  [all]"},
-        "limit": {"type": click.IntRange(1), "help": "Images drawn from the data set.  [all]"},
-        "subset_seed": {"type": int, "help": "Seed of what is drawn from the data set."},
+        "captions_per_image": {"type": Whole(1), "help": "Captions drawn of each image.  [all]"},
+        "limit": {"type": Whole(1), "help": "Images drawn from the data set.  [all]"},
+        "subset_seed": {"type": SEED, "help": "Seed of what is drawn from the data set."},
         "on_error": {"type": click.Choice(["raise", "skip"]), "help": "Stop at a bad row or image, or skip it."},
         "teacher": {"help": "open_clip model (ViT-B-32, config.json, hf-hub:..., a folder), or "
                     "transformers:openai/clip-vit-base-patch32."},
@@ -54,8 +54,8 @@ def extraction_options(command: Command, in_training: bool = False, **defaults: 
         "precision": {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]),
                       "help": "Precision of the teacher; auto is the fastest."},
         "dtype": {"type": click.Choice(["float16", "float32"]), "help": "Type of the stored features."},
-        "batch_size": {"type": click.IntRange(1), "help": "Images or captions in a forward pass of the teacher."},
-        "workers": {"type": click.IntRange(0), "help": "Processes that decode images.  [one a core, at most 8]"},
+        "batch_size": {"type": Whole(1), "help": "Images or captions in a forward pass of the teacher."},
+        "workers": {"type": Whole(0), "help": "Processes that decode images.  [one a core, at most 8]"},
     }  # fmt: skip
     for name, settings in reversed(choices.items()):
         if in_training and name in _NOT_IN_TRAINING:
@@ -112,7 +112,7 @@ def merge_command(store: Path) -> None:
 
 @command()
 @Store
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the captions and scores that are drawn.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the captions and scores that are drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def inspect(store: Path, seed: int, as_json: bool) -> None:
     """Show what is in a feature store: teacher, counts, captions, norms, similarities, and whether it is intact."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from st_kdmcse.cli.common import SEED, Whole
 from st_kdmcse.cli.training import config_options, given_config, training_options
 from st_kdmcse.config import KDMCSEConfig
 from st_kdmcse.data import load_sts_tasks
@@ -80,7 +81,7 @@ def grid_options(*, config: bool = True, without: Collection[str] = ()) -> Calla
         for option in (
             click.option(
                 "--jobs",
-                type=click.IntRange(1),
+                type=Whole(1),
                 default=1,
                 show_default=True,
                 help="Runs at a time; they share the CPU.",
@@ -111,8 +112,8 @@ def report_options(output: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         replicates = "Replicates of the bootstrap over sentence pairs; 0 for none."
         for option in (
-            click.option("--bootstrap-seed", type=click.IntRange(0), default=0, show_default=True),
-            click.option("--bootstrap", type=click.IntRange(0), default=1000, show_default=True, help=replicates),
+            click.option("--bootstrap-seed", type=SEED, default=0, show_default=True),
+            click.option("--bootstrap", type=Whole(0), default=1000, show_default=True, help=replicates),
             click.option("--output", type=click.Path(path_type=Path), help=f"Folder for the report.  [{output}]"),
             click.option(
                 "--data-dir",

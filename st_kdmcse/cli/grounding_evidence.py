@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import cxc_options, friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import Whole, cxc_options, friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, finish, grid_options
 from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS
 from st_kdmcse.experiments.evidence import evidence_tasks, gather_evidence
@@ -31,9 +31,9 @@ _NOT_HERE = {
 
 @command()
 @cxc_options
-@click.option("--max-steps", type=click.IntRange(1), default=150, show_default=True, help="Steps of each run.")
+@click.option("--max-steps", type=Whole(1), default=150, show_default=True, help="Steps of each run.")
 @click.option(
-    "--pair-every", type=click.IntRange(2), default=2, show_default=True, help="Steps from one pair batch to the next."
+    "--pair-every", type=Whole(2), default=2, show_default=True, help="Steps from one pair batch to the next."
 )
 @click.option("--arms", type=ListType(), help=f"Arms to train, of {', '.join(ARMS)}.  [{','.join(MAIN_ARMS)}]")
 @grid_options(config=False, without=_SET_BY_THE_ARMS | _NOT_HERE)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import COUNT, NUMBER, SEED, friendly_errors, quiet_libraries
 from st_kdmcse.demo.run import minilm_folder
 from st_kdmcse.training.mlm import MaskingOptions, make_raw_student
 
@@ -22,13 +22,13 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--text-column", help="The column of a table.  [the only one of text]")
 @click.option("--output-dir", type=_PATH, default=Path("raw-minilm"))
-@click.option("--max-steps", type=int, default=MaskingOptions.max_steps)
-@click.option("--batch-size", type=int, default=MaskingOptions.batch_size, help="Sentences a step.")
-@click.option("--lr", type=float, default=MaskingOptions.lr, help="Peak learning rate.")
-@click.option("--max-seq-length", type=int, default=MaskingOptions.max_seq_length)
-@click.option("--masked", type=float, default=MaskingOptions.masked, help="Share of the tokens that are predicted.")
-@click.option("--seed", type=int, default=MaskingOptions.seed)
-@click.option("--save-steps", type=int, default=MaskingOptions.save_steps, help="Steps between checkpoints.")
+@click.option("--max-steps", type=COUNT, default=MaskingOptions.max_steps)
+@click.option("--batch-size", type=COUNT, default=MaskingOptions.batch_size, help="Sentences a step.")
+@click.option("--lr", type=NUMBER, default=MaskingOptions.lr, help="Peak learning rate.")
+@click.option("--max-seq-length", type=COUNT, default=MaskingOptions.max_seq_length)
+@click.option("--masked", type=NUMBER, default=MaskingOptions.masked, help="Share of the tokens that are predicted.")
+@click.option("--seed", type=SEED, default=MaskingOptions.seed)
+@click.option("--save-steps", type=COUNT, default=MaskingOptions.save_steps, help="Steps between checkpoints.")
 @click.option("--bf16/--no-bf16", default=None, help="Compute in bfloat16.  [where that is faster]")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output-dir.")
 def main(model: str | None, **arguments: Any) -> None:

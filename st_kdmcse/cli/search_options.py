@@ -27,10 +27,10 @@ class SizeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
-        size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-        if not size:
+        size = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+        if not 1 <= size < 2**63:
             self.fail(f"{value!r} is not a size, such as 4GiB or 512MiB", param, ctx)
-        return size
+        return int(size)
 
 
 class NamesType(click.ParamType):  # type: ignore[type-arg, unused-ignore]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import cxc_options, friendly_errors, precision_option, quiet_libraries
+from st_kdmcse.cli.common import Whole, cxc_options, friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_cxc, load_sts_tasks
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
@@ -32,7 +32,7 @@ from st_kdmcse.provenance import provenance
     help=f"Other poolings to score: {','.join(POOLINGS)}, separated by commas; or all.",
 )
 @click.option("--device", help="Device, such as cpu or cuda:1.  [a GPU if there is one]")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
+@click.option("--batch-tokens", type=Whole(1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
 @precision_option("float32")
 def main(
     model: str,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import COUNT, NUMBER, SEED, friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.evaluation.plots import check_plot, save_figure
 from st_kdmcse.evaluation.threshold_plots import plot_threshold_statistics
@@ -17,12 +17,12 @@ from st_kdmcse.files import check_output_file, write_json
 
 @command(context_settings={"show_default": True})
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--sample-images", type=int, default=2000, help="Images to draw; 0 takes all.")
+@click.option("--sample-images", type=COUNT, default=2000, help="Images to draw; 0 takes all.")
 @click.option(
-    "--quantile", type=float, default=0.5, help="Quantile of the scores of true pairs that is proposed as threshold."
+    "--quantile", type=NUMBER, default=0.5, help="Quantile of the scores of true pairs that is proposed as threshold."
 )
-@click.option("--batch-size", type=int, default=64, help="Sentences of a training batch.")
-@click.option("--seed", type=int, default=0, help="Seed of the images drawn.")
+@click.option("--batch-size", type=COUNT, default=64, help="Sentences of a training batch.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the images drawn.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG, SVG or PDF file to write (Figures 5 and 6).")
 def main(

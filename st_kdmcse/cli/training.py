@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from st_kdmcse.cli.commands import command as make_command
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import COUNT, NUMBER, SEED, friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Recipe, Threshold, Weight
 from st_kdmcse.extraction import ExtractionOptions
@@ -49,10 +49,11 @@ class _NumberOr(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         if value in self._words:
             return value
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             words = " nor ".join(f"'{word}'" for word in self._words)
             self.fail(f"{value!r} is neither a number nor {words}", param, ctx)
+        return NUMBER.convert(number, param, ctx)
 
 
 _TYPES = {Threshold: _NumberOr("none", "auto"), Weight: _NumberOr("auto")}
@@ -111,6 +112,8 @@ def config_options(command: Command) -> Command:
             flag, kind = f"{flag}/--no-{flag[2:]}", None
         elif kind in _TYPES:
             kind = _TYPES[kind]
+        elif kind in (int, float):
+            kind = COUNT if kind is int else NUMBER
         elif get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
         text = f"{_sentence(option.metadata['help'])}  [{_by_recipe(option.name)}]"
@@ -182,17 +185,17 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 help="STS-B: a SentEval directory, or a dataset's hub name or folder.",
             ),
             click.option("--output-dir", type=path, default=output_dir, show_default=True),
-            click.option("--epochs", type=int, default=default.epochs, show_default=True),
-            click.option("--max-steps", type=int, help="Steps, instead of epochs."),
-            click.option("--batch-size", type=int, help="Sentences a step and device.  [BERT: 64; RoBERTa: 128]"),
+            click.option("--epochs", type=COUNT, default=default.epochs, show_default=True),
+            click.option("--max-steps", type=COUNT, help="Steps, instead of epochs."),
+            click.option("--batch-size", type=COUNT, help="Sentences a step and device.  [BERT: 64; RoBERTa: 128]"),
             click.option(
                 "--mini-batch-size",
-                type=int,
+                type=COUNT,
                 help="Sentences in a forward pass: caches gradients, for a --batch-size beyond memory.  [off]",
             ),
-            click.option("--lr", type=float, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
+            click.option("--lr", type=NUMBER, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
             click.option(
-                "--head-lr", "head_learning_rate", type=float, help="Peak learning rate of the heads.  [that of --lr]"
+                "--head-lr", "head_learning_rate", type=NUMBER, help="Peak learning rate of the heads.  [that of --lr]"
             ),
             click.option(
                 "--head-init",
@@ -208,23 +211,23 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 show_default=True,
                 help="Sentence embedding: the [CLS] vector, or the mean of the token vectors.",
             ),
-            click.option("--max-seq-length", type=int, default=default.max_seq_length, show_default=True),
-            click.option("--pair-every", type=int, help="Steps from one pair batch to the next.  [|text| / |pairs|]"),
-            click.option("--captions-per-image", type=int, help="Captions drawn of each image; MCSE takes 1.  [all]"),
+            click.option("--max-seq-length", type=COUNT, default=default.max_seq_length, show_default=True),
+            click.option("--pair-every", type=COUNT, help="Steps from one pair batch to the next.  [|text| / |pairs|]"),
+            click.option("--captions-per-image", type=COUNT, help="Captions drawn of each image; MCSE takes 1.  [all]"),
             click.option(
-                "--captions-per-image-in-batch", type=int, help="Captions of an image that a pair batch draws.  [any]"
+                "--captions-per-image-in-batch", type=COUNT, help="Captions of an image that a pair batch draws.  [any]"
             ),
-            click.option("--seed", type=int, default=default.seed, show_default=True),
+            click.option("--seed", type=SEED, default=default.seed, show_default=True),
             click.option(
                 "--eval-steps",
-                type=int,
+                type=COUNT,
                 default=default.eval_steps,
                 show_default=True,
                 help="Steps between evaluations on STS-B dev; 0 for none.",
             ),
             click.option(
                 "--save-steps",
-                type=int,
+                type=COUNT,
                 default=default.save_steps,
                 show_default=True,
                 help="Steps between checkpoints for --resume; there is one every ten minutes as well.",
@@ -240,7 +243,7 @@ def training_options(command: Command, output_dir: Path) -> Command:
             click.option("--unpad/--no-unpad", default=None, help="Do not compute padding.  [on a CPU]"),
             click.option("--bf16/--no-bf16", default=None, help="Compute in bfloat16.  [where that is faster]"),
             click.option(
-                "--workers", type=int, default=default.workers, show_default=True, help="Tokenizing processes."
+                "--workers", type=COUNT, default=default.workers, show_default=True, help="Tokenizing processes."
             ),
             click.option("--report-to", default=default.report_to, show_default=True, help="tensorboard, wandb, ..."),
             click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output-dir."),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import friendly_errors, precision_option, quiet_libraries
+from st_kdmcse.cli.common import COUNT, SEED, Whole, friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.transfer import AVERAGE, TransferProtocol, evaluate_transfer
@@ -25,12 +25,16 @@ from st_kdmcse.precision import Precision
     help="JSON file for the result, written after each task. The same command goes on after the tasks in it.",
 )
 @click.option("--tasks", help=f"Tasks, separated by commas.  [{','.join(TRANSFER_TASKS)}]")
-@click.option("--folds", default=10, show_default=True, help="Folds of each cross-validation; fewer for a quick look.")
-@click.option("--seed", default=1111, show_default=True, help="Seed of the shuffle before rows are dealt into folds.")
+@click.option(
+    "--folds", type=COUNT, default=10, show_default=True, help="Folds of each cross-validation; fewer for a quick look."
+)
+@click.option(
+    "--seed", type=SEED, default=1111, show_default=True, help="Seed of the shuffle before rows are dealt into folds."
+)
 @click.option("--device", help="Device of the embeddings, such as cpu or cuda:1.  [a GPU if there is one]")
-@click.option("--batch-tokens", type=click.IntRange(min=1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
+@click.option("--batch-tokens", type=Whole(1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
 @precision_option("float32")
-@click.option("--jobs", type=click.IntRange(min=1), help="Classifiers trained at a time.  [all cores]")
+@click.option("--jobs", type=Whole(1), help="Classifiers trained at a time.  [all cores]")
 def main(
     model: str,
     data_dir: str,

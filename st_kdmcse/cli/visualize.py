@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from st_kdmcse.cli.commands import Group
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import COUNT, SEED, friendly_errors, quiet_libraries
 from st_kdmcse.cli.named_models import named_models
 from st_kdmcse.data import iter_sentences, sha256_file
 from st_kdmcse.encoding import load_model
@@ -37,8 +37,8 @@ def main() -> None:
 @main.command()
 @Models
 @click.option("--sentences", type=PathOption, help="File of one sentence a line, also .gz or .parquet.  [eight own]")
-@click.option("--repeats", type=int, default=20, help="Copies of each sentence.")
-@click.option("--seed", type=int, default=0, help="Seed of dropout and t-SNE.")
+@click.option("--repeats", type=COUNT, default=20, help="Copies of each sentence.")
+@click.option("--seed", type=SEED, default=0, help="Seed of dropout and t-SNE.")
 @click.option("--output", type=PathOption, help="JSON file to write.")
 @click.option("--plot", type=PathOption, default=Path("tsne.png"), help="PNG, SVG or PDF file to write.")
 def tsne(
@@ -75,7 +75,7 @@ def tsne(
 @click.option("--corpus", type=PathOption, required=True, help="File of one sentence a line (also .gz), or a .parquet.")
 @click.option("--column", help="The column of a .parquet.  [the only one of text]")
 @click.option("--query", "queries", multiple=True, required=True, help="Sentence to look for; may be given again.")
-@click.option("-k", type=int, default=5, help="Neighbours of each query.")
+@click.option("-k", type=COUNT, default=5, help="Neighbours of each query.")
 @click.option("--output", type=PathOption, help="Markdown (.md) or JSON (.json) file to write.")
 def neighbours(
     models: tuple[str, ...], corpus: Path, column: str | None, queries: tuple[str, ...], k: int, output: Path | None

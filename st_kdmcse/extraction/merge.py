@@ -63,12 +63,12 @@ def join_parts(path: Path, parts: PartsFolder, show_progress_bar: bool | None) -
 
 def parts_folder(path: Path) -> PartsFolder:
     """Where the parts of a store are kept until it is complete."""
-    return PartsFolder(path.with_name(path.name + ".parts"))
+    return PartsFolder(path.absolute().with_name(path.absolute().name + ".parts"))
 
 
 def skipped_file(path: Path) -> Path:
     """The list of what was left out of a store."""
-    return path.with_name(path.name + ".skipped.csv")
+    return path.absolute().with_name(path.absolute().name + ".skipped.csv")
 
 
 def refuse_existing(path: Path) -> None:

@@ -56,7 +56,11 @@ def positive_mask(pairwise: Tensor, positive_offset: int = 0) -> Tensor:
 
     Returns:
         (N, M) boolean, True at column i + positive_offset of row i.
+
+    Raises:
+        ValueError: if a positive would be outside of the matrix.
     """
+    _check_offset(pairwise, positive_offset)
     rows, columns = pairwise.shape
     device = pairwise.device
     return torch.arange(columns, device=device) == torch.arange(rows, device=device).unsqueeze(1) + positive_offset
@@ -65,11 +69,7 @@ def positive_mask(pairwise: Tensor, positive_offset: int = 0) -> Tensor:
 def logits_of(cosine: Tensor, temperature: float, positive_offset: int) -> Tensor:
     """(N, M) cosines over the temperature, after the checks of both."""
     check_temperature(temperature)
-    if cosine.shape[0] + positive_offset > cosine.shape[1]:
-        raise ValueError(
-            f"{cosine.shape[0]} anchors from candidate {positive_offset} on need as many candidates, "
-            f"got {cosine.shape[1]}"
-        )
+    _check_offset(cosine, positive_offset)
     return cosine / temperature
 
 
@@ -127,3 +127,11 @@ def _check_matrices(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"expected matrices of one width, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if len(x) == 0 or len(y) == 0:
         raise ValueError("an empty batch has no loss; leave it out")
+
+
+def _check_offset(pairwise: Tensor, positive_offset: int) -> None:
+    rows, columns = pairwise.shape
+    if positive_offset < 0 or rows + positive_offset > columns:
+        raise ValueError(
+            f"{rows} anchors from candidate {positive_offset} on need as many candidates, from 0 on; got {columns}"
+        )

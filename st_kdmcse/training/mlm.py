@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -30,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from st_kdmcse.data import read_sentences, sha256_file
 from st_kdmcse.files import locked, write_json
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
-from st_kdmcse.processes import cpu_only, device_type
+from st_kdmcse.processes import check_seed, cpu_only, device_type
 from st_kdmcse.provenance import device_name, versions
 from st_kdmcse.training.callbacks import EvaluateAtEnd, Interrupted, SaveByTime, StopOnSignal
 from st_kdmcse.training.checkpoints import (
@@ -94,8 +95,9 @@ class MaskingOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "lr", "save_steps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+        check_seed(self.seed)
         if not 0 < self.masked < 1:
             raise ValueError(f"`masked` must be between 0 and 1, got {self.masked}")
         if self.bf16 and not bfloat16_is_faster(device_type()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from st_kdmcse.config import KDMCSEConfig, Recipe
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
-from st_kdmcse.processes import cpu_only, device_type
+from st_kdmcse.processes import check_seed, cpu_only, device_type
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
@@ -127,8 +128,9 @@ class TrainingOptions:
         positive = ("epochs", "max_steps", "batch_size", "lr", "head_learning_rate", "captions_per_image", "save_steps")
         for name in (*positive, "captions_per_image_in_batch"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}")
+        check_seed(self.seed)
         for name in ("eval_steps", "workers", "mini_batch_size"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")

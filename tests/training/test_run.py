@@ -338,7 +338,7 @@ def one_score(path):
         (None, {"features": None, "text": None, "method": "simcse"}, "nothing to train on"),
         (None, {"eval-data": "nowhere"}, "nowhere"),
         (None, {"model": "bert-bse"}, "--model bert-bse is neither"),
-        (None, {"margin": -1}, "margin must be in"),
+        (None, {"margin": -1}, "--margin must be in"),
         (None, {"method": "simcse", "margin": 0.1}, "method simcse has no option --margin"),
         (None, {"method": "kdmcse-without-adapacse", "margin": 0.1}, "has no option --margin"),
         (None, {"max-steps": 0}, "--max-steps must be positive"),
@@ -645,3 +645,12 @@ def test_help_lists_every_option_with_both_recipes():
     ):
         assert flag in result.output
     assert "released: 0.15" in result.output.replace("\n", " ").replace("  ", " ")
+
+
+def test_the_current_folder_is_trained_in_as_any_other(arguments, tmp_path, monkeypatch, extraction):
+    for name, changes in (("plain", {}), ("extracted", extraction)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        result = run(arguments(**changes, **{"output-dir": ".", "max-steps": 3}))
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / name / "last" / "model.safetensors").is_file()
