@@ -71,6 +71,10 @@ class NewRows:
         """Number of rows."""
         return len(self.ids)
 
+    def __getitem__(self, rows: slice) -> NewRows:
+        """Some of the rows."""
+        return NewRows(self.ids[rows], self.texts[rows], self.embeddings[rows], self.metadata[rows])
+
     @classmethod
     def checked(
         cls,

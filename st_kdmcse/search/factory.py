@@ -206,6 +206,25 @@ def train(index: Any, vectors: Vectors, factory: str, memory_limit: int | None =
         ) from error
 
 
+def hurry_training(index: Any) -> None:
+    """Have an index learn little, fast, where all that counts is what it can do."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            transform = faiss.downcast_VectorTransform(index.chain.at(number))
+            if hasattr(transform, "niter_pq"):
+                transform.niter = transform.niter_pq = transform.niter_pq_0 = 1
+        hurry_training(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        hurry_training(index.base_index)
+    if hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False
+    for clustering in (getattr(part, "cp", None) for part in (index, getattr(index, "pq", None))):
+        if clustering is not None:
+            clustering.niter = 1
+
+
 def size_text(size: float) -> str:
     """Bytes for people, such as "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

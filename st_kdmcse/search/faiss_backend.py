@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from st_kdmcse.search.base import Filter, Hit, Matrix, NewRows
+from st_kdmcse.search.base import Filter, Hit, Matrix, NewRows, unit_rows
 from st_kdmcse.search.factory import (
     EXACT_ROWS,
     Reordered,
     build_faiss,
     choose_factory,
     held_out_swaps,
+    hurry_training,
     is_exact,
     new_index,
+    train,
 )
-from st_kdmcse.search.faiss_library import load_faiss
+from st_kdmcse.search.faiss_library import faiss_reason, load_faiss
 from st_kdmcse.search.gpu import MOST_RESULTS, GpuSearch
 from st_kdmcse.search.table import Positions, RowTable
 from st_kdmcse.search.tuning import RECALL_AT, Tuning, as_float, effort_name, get_effort, searching
@@ -35,6 +39,7 @@ _REMEMBERED_FILTERS = 16
 _COMPACT_ABOVE = 1000
 _MOST_EFFORT = 4096
 _QUERIES_AT_A_TIME = 1024
+_TRIED_ROWS, _TRIED_LISTS = 300, 16
 _RECALL_TARGET = 0.95  # of an index that was never tuned
 
 
@@ -382,11 +387,55 @@ class FaissBackend:
 def chosen_factory(rows: int, dim: int, factory: str | None, memory_limit: int | None) -> str:
     """The user's index type, or the best for so many rows; which and why is logged."""
     if factory is not None:
-        new_index(dim, factory)  # what FAISS does not know is refused before any work is done
+        try_factory(dim, factory)  # what cannot be used is refused before any work is done
         return factory
     choice = choose_factory(rows, dim, memory_limit)
     logger.info("index type %s (%s)", choice.factory, choice.reason)
     return choice.factory
+
+
+@cache
+def try_factory(dim: int, factory: str) -> None:
+    """Try an index type with a few rows: some take no filter, or lose rows that equal others or were removed.
+
+    Raises:
+        ValueError: if FAISS knows no such index, or it cannot be used; says why.
+    """
+    new_index(dim, factory)
+    few_lists = re.sub(r"IVF\d+", lambda found: f"IVF{min(int(found[0][3:]), _TRIED_LISTS)}", factory)
+    generator = np.random.default_rng(0)
+    vectors = unit_rows(generator.normal(size=(_TRIED_ROWS, dim)))
+    vectors[1::2] = vectors[::2]
+    ids = [str(row) for row in range(_TRIED_ROWS)]
+    rows = NewRows(ids, ids, vectors, [{"third": row % 3 == 0} for row in range(_TRIED_ROWS)])
+    try:
+        index = new_index(dim, few_lists)
+        hurry_training(index)
+        train(index, vectors, few_lists)
+    except ValueError:  # it needs more rows, which the build will tell
+        return
+    try:
+        index.add(vectors)
+        table = RowTable.temporary()
+        with table.transaction():
+            table.insert(range(_TRIED_ROWS), rows.ids, rows.texts, rows.metadata)
+        backend = FaissBackend(index, table, few_lists)
+        removed = slice(_TRIED_ROWS // 2)
+        for change, where, expected in (
+            (backend.info, None, ids),
+            (backend.info, {"third": True}, ids[::3]),
+            (lambda: backend.remove(ids[removed]), None, ids[_TRIED_ROWS // 2 :]),
+            (lambda: backend.add(rows[removed]), None, ids),
+        ):
+            change()
+            (hits,) = backend.search(vectors[:1], _TRIED_ROWS, where)
+            if sorted(hit.id for hit in hits) != sorted(expected):
+                raise RuntimeError("it finds other rows than are there")
+    except RuntimeError as error:
+        raise ValueError(
+            f"index factory {factory!r} cannot be used here, take another (HNSW32, IVF1024,Flat): in a trial with rows "
+            f"that are filtered, removed and added it failed ({faiss_reason(error)})"
+        ) from error
 
 
 def search_index(

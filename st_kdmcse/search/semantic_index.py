@@ -20,7 +20,7 @@ from st_kdmcse.files import write_folder
 from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
-from st_kdmcse.search.faiss_backend import FaissBackend
+from st_kdmcse.search.faiss_backend import FaissBackend, try_factory
 from st_kdmcse.search.model_check import OWN_MODEL, check_model, load_expected, load_named, model_header, same_model
 from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, read_manifest, write_index
 from st_kdmcse.search.tuning import check_recall_target
@@ -145,6 +145,8 @@ class SemanticIndex:
         texts = checked_texts(texts)
         if path is not None:
             check_free(Path(path))
+        if factory is not None:
+            try_factory(int(model.get_embedding_dimension() or 0), factory)
         computed = encoding_precision(model, precision, len(texts))
         index = cls._from_rows(
             model,

@@ -1,5 +1,6 @@
 """Tests of st_kdmcse.search.faiss_backend and .table."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 
 from st_kdmcse.search.base import NewRows, unit_rows
 from st_kdmcse.search.factory import new_index
-from st_kdmcse.search.faiss_backend import FaissBackend, exact_scores, search_index
+from st_kdmcse.search.faiss_backend import FaissBackend, exact_scores, search_index, try_factory
 from st_kdmcse.search.table import RowTable
 
 DIM = 16
@@ -36,11 +37,6 @@ def make_rows(count, start=0, seed=0, centres=99):
     return NewRows.checked(
         [f"id{number}" for number in numbers], [f"text {number}" for number in numbers], vectors, metadata
     )
-
-
-def part(rows, start, stop):
-    some = slice(start, stop)
-    return NewRows(rows.ids[some], rows.texts[some], rows.embeddings[some], rows.metadata[some])
 
 
 ROWS = make_rows(1500)
@@ -244,10 +240,10 @@ def test_an_index_whose_rows_are_replaced_by_others_is_trained_and_tuned_on_thos
     emptied.remove(make_rows(3000).ids)
     emptied.add(others)
     for start in range(0, 3000, 500):
-        gradual.add(part(others, start, start + 500))
+        gradual.add(others[start : start + 500])
         gradual.remove(make_rows(3000).ids[start : start + 500])
     assert "trained on 3,000 rows, and 3,000 were added since" in caplog.text
-    gradual.replace(part(others, 0, 1))  # one more that is gone, and they are the larger half
+    gradual.replace(others[:1])  # one more that is gone, and they are the larger half
     never_filled = FaissBackend.empty(DIM, factory)
     never_filled.add(others)
     built = recall(ids(FaissBackend.build(others, factory).search(wanted, 10)), expected)
@@ -275,3 +271,25 @@ def test_too_few_rows_to_train_an_emptied_index_are_told(caplog):
 def test_the_nearest_alone_is_the_first_of_ten(factory):
     backend = FaissBackend.build(ROWS, factory)
     assert ids(backend.search(QUERIES, 1)) == [each[:1] for each in ids(backend.search(QUERIES, 10))]
+
+
+@pytest.mark.parametrize("factory", [*TYPES, "IVF65536_HNSW32,PQ8np", "IVF4096,PQ8x4fs,RFlat", "OPQ8,IVF16,PQ8"])
+def test_types_that_can_be_used_pass_the_trial(factory):
+    try_factory(DIM, factory)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("IVF16,FlatDedup", "it finds other rows than are there"),
+        ("RQ2x4", "search params not supported"),
+        ("IVF16,RQ2x4", "id selector not supported"),
+        ("HNSW16_2+PQ8", "search params not supported"),
+        ("PCA8,IVF16,Flat,Refine(SQ8)", "params have incorrect type"),
+        ("RCQ2x4", "failed"),
+        ("nonsense", "could not parse"),
+    ],
+)
+def test_types_that_forget_or_fail_are_refused_by_name(factory, message):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(factory))}.*{message}"):
+        FaissBackend.build(ROWS, factory)
