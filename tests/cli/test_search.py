@@ -152,7 +152,7 @@ def test_the_prompt(index):
 
 
 def test_an_error_or_an_interruption_at_the_prompt(index, monkeypatch):
-    answers = iter([ValueError("the first is wrong"), [], KeyboardInterrupt()])
+    answers = iter([ValueError("the first is wrong"), [[]], KeyboardInterrupt()])
 
     def search(self, queries, k=10, where=None):
         answer = next(answers)
