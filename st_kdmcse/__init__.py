@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from st_kdmcse.training.collator import KDMCSEDataCollator
     from st_kdmcse.training.examples import MultimodalInputExample
     from st_kdmcse.training.fit import fit_objectives
+    from st_kdmcse.training.retrieval import ImageTextRetrievalEvaluator
     from st_kdmcse.training.student import build_student
+    from st_kdmcse.training.text_image import export_text_image
     from st_kdmcse.training.trainer import KDMCSETrainer
     from st_kdmcse.training.unpadding import unpadded
 
@@ -39,6 +41,7 @@ __all__ = [
     "CachedSimCSELoss",
     "FeatureStore",
     "FeatureStoreWriter",
+    "ImageTextRetrievalEvaluator",
     "KDMCSEConfig",
     "KDMCSEDataCollator",
     "KDMCSELoss",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "attach_features",
     "build_student",
+    "export_text_image",
     "extract",
     "fit_objectives",
     "functional",
@@ -68,6 +72,7 @@ _MODULES = {
     "CachedSimCSELoss": "losses",
     "FeatureStore": "data",
     "FeatureStoreWriter": "data",
+    "ImageTextRetrievalEvaluator": "training.retrieval",
     "KDMCSEConfig": "config",
     "KDMCSEDataCollator": "training.collator",
     "KDMCSELoss": "losses",
@@ -81,6 +86,7 @@ _MODULES = {
     "SimCSELoss": "losses",
     "attach_features": "training.attach",
     "build_student": "training.student",
+    "export_text_image": "training.text_image",
     "extract": "extraction",
     "fit_objectives": "training.fit",
     "import_released_json": "data",

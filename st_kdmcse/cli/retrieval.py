@@ -13,7 +13,7 @@ from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.retrieval import retrieval_table
 from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.provenance import provenance
-from st_kdmcse.training.text_image import image_text_retrieval
+from st_kdmcse.training.retrieval import image_text_retrieval
 
 _PATH = click.Path(path_type=Path)
 

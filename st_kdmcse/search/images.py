@@ -14,7 +14,8 @@ from st_kdmcse.search.model_check import OWN_MODEL
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import check_free
 from st_kdmcse.search.tuning import check_recall_target
-from st_kdmcse.training.text_image import dense_layer, project_images
+from st_kdmcse.training.retrieval import project_images
+from st_kdmcse.training.text_image import dense_layer
 
 IMAGE = "image"
 """Name of the metadata that has the file of an image."""

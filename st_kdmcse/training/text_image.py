@@ -9,19 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
 from torch import nn
 
-from st_kdmcse.data.exclusion import read_left_out
 from st_kdmcse.data.images import ImageError
-from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.encoding import Matrix, encode_distinct, load_model
-from st_kdmcse.evaluation.retrieval import Retrieval, evaluate_retrieval
-from st_kdmcse.files import progress_bar, read_json, write_folder
+from st_kdmcse.encoding import load_model
+from st_kdmcse.files import read_json, write_folder
 from st_kdmcse.losses.heads import HEADS_DIR, ProjectionHead, load_head
 from st_kdmcse.teachers import CLIPTeacher
 from st_kdmcse.training.run_folder import FEATURES_NAME, RUN_NAME, SUMMARY_NAME
@@ -128,85 +124,6 @@ def dense_layer(head: ProjectionHead) -> Dense:
     layer = Dense(head.dense.in_features, head.dense.out_features, activation_function=nn.Tanh())
     layer.linear.load_state_dict(head.dense.state_dict())
     return layer
-
-
-def project_images(store: FeatureStore, head: ProjectionHead, show_progress_bar: bool | None = None) -> Matrix:
-    """The images of a store in the space of the sentences.
-
-    Args:
-        store: M images.
-        head: teacher_image.
-        show_progress_bar: None shows one in a terminal, after two seconds.
-
-    Returns:
-        (M, projection) float32, not normalised.
-    """
-    features = store.image_features
-    embeddings = np.empty((len(features), head.dense.out_features), dtype=np.float32)
-    with torch.inference_mode(), progress_bar(len(features), "Projecting images", "image", show_progress_bar) as bar:
-        for start in range(0, len(features), ROWS_PER_CHUNK):
-            chunk = torch.from_numpy(np.array(features[start : start + ROWS_PER_CHUNK], dtype=np.float32))
-            embeddings[start : start + len(chunk)] = head(chunk).numpy()
-            bar.update(len(chunk))
-    return embeddings
-
-
-def project_captions(store: FeatureStore, student: SentenceTransformer, head: ProjectionHead) -> Matrix:
-    """The captions of a store in the space of the images.
-
-    Args:
-        store: N captions.
-        student: the trained encoder.
-        head: grounding.
-
-    Returns:
-        (N, projection) float32, not normalised.
-    """
-    captions = [caption for _, caption in store.captions()]
-    embeddings = encode_distinct(student, captions)(captions)
-    with torch.inference_mode():
-        projected: Matrix = head(torch.from_numpy(embeddings)).numpy()
-    return projected
-
-
-def image_text_retrieval(
-    run: str | Path, features: str | Path, only: str | Path | None = None, folds: int = 1, device: str | None = None
-) -> dict[str, dict[str, Retrieval]]:
-    """Retrieval in both directions by a trained student and its heads, and by the teacher.
-
-    Args:
-        run: folder of the student, with its heads.
-        features: a feature store of the teacher of the training, with images that were not trained on.
-        only: a list of images of the store, as ``exclude_images`` of a training takes it; None is all.
-        folds: as for :func:`~st_kdmcse.evaluation.retrieval.evaluate_retrieval`.
-        device: of the student; a GPU if there is one.
-
-    Returns:
-        The results by direction, of the "student", and of the "teacher" where its texts and images are of one space.
-
-    Raises:
-        FileNotFoundError: if the student, its heads, the features or the list are missing.
-        ValueError: if the heads do not fit, or the list is malformed.
-    """
-    store = FeatureStore.open(features)
-    rows = np.arange(len(store)) if only is None else read_left_out(only, store).rows
-    images, image_rows = np.unique(store.image_rows[rows], return_inverse=True)
-    grounding, of_images = (
-        load_head(Path(run) / HEADS_DIR, "grounding"),
-        load_head(Path(run) / HEADS_DIR, "teacher_image"),
-    )
-    if of_images.dense.in_features != store.dim:
-        raise ValueError(
-            f"the heads in {Path(run) / HEADS_DIR} take features of width {of_images.dense.in_features}, those of "
-            f"{store.path} are of width {store.dim}: give features of the teacher that they were trained with"
-        )
-    student = load_model(str(run), device)
-    texts, pictures = project_captions(store, student, grounding), project_images(store, of_images)
-    results = {"student": evaluate_retrieval(texts[rows], pictures[images], image_rows, folds)}
-    if store.shared_space:
-        of_texts = np.asarray(store.text_features[store.text_rows[rows]], dtype=np.float32)
-        results["teacher"] = evaluate_retrieval(of_texts, store.image_features[images], image_rows, folds)
-    return results
 
 
 class _Trained(NamedTuple):

@@ -9,17 +9,26 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset, DatasetDict
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from small_runs import options, write_data
 from teacher_models import make_tiny_clip, make_tiny_siglip
 
-from st_kdmcse import FeatureStore
+from st_kdmcse import (
+    FeatureStore,
+    ImageTextRetrievalEvaluator,
+    KDMCSEConfig,
+    KDMCSELoss,
+    KDMCSETrainer,
+    build_student,
+)
 from st_kdmcse.cli.main import main
 from st_kdmcse.evaluation.retrieval import evaluate_retrieval
 from st_kdmcse.losses.heads import load_head
 from st_kdmcse.teachers import CLIPTeacher
 from st_kdmcse.training import TrainingOptions, train
+from st_kdmcse.training.retrieval import image_text_retrieval
 from st_kdmcse.training.text_image import export_text_image
 
 IMAGES = 12
@@ -222,3 +231,37 @@ def test_retrieval_with_features_of_another_teacher(trained, store):
     assert (result.exit_code, "give features of the teacher" in result.output) == (2, True)
     nothing = CliRunner().invoke(main, ["evaluate", "retrieval", str(trained), "--features", str(store.path)])
     assert (nothing.exit_code, "heads.safetensors does not exist" in nothing.output) == (2, True)
+
+
+def test_retrieval_while_training(trained, tiny_bert, tmp_path):
+    store = FeatureStore.open(trained / "of-images")
+    model = build_student(str(tiny_bert))
+    loss = KDMCSELoss(model, KDMCSEConfig(multimodal_weight=1.0), features=store)
+    evaluator = ImageTextRetrievalEvaluator(store, loss, "held-out")
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, bf16=True, **options
+    )
+    text = Dataset.from_dict({"sentence": ["a dog", "two men", "a cat", "a hat"]})
+    data = DatasetDict(text=text, pairs=store.dataset())
+    trainer = KDMCSETrainer(model, arguments, train_dataset=data, loss=loss, evaluator=evaluator)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_held-out_mean_recall" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    metrics = evaluator(model)
+    loss.save_heads(tmp_path / "heads")
+    model.save_pretrained(str(tmp_path))
+    found = image_text_retrieval(tmp_path, store.path)["student"]
+    for direction, each in found.items():
+        for k, recall in each.recall.items():
+            assert metrics[f"held-out_{direction.replace(' ', '_')}_recall@{k}"] == pytest.approx(recall / 100)
+    assert metrics[evaluator.primary_metric] == pytest.approx(
+        np.mean([recall / 100 for each in found.values() for recall in each.recall.values()])
+    )
+
+
+def test_losses_that_have_no_heads_for_images(student, store):
+    with pytest.raises(ValueError, match="`multimodal_weight` is 0"):
+        ImageTextRetrievalEvaluator(store, KDMCSELoss(student, KDMCSEConfig(multimodal_weight=0), features=store))
+    with pytest.raises(ValueError, match="give features of the teacher of the training"):
+        ImageTextRetrievalEvaluator(store, KDMCSELoss(student, teacher_dim=store.dim + 1))
