@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import batch_to_device
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor, nn
 
 from st_kdmcse.files import progress_bar
@@ -23,6 +25,8 @@ from st_kdmcse.precision import Precision, autocast, resolve_precision
 Matrix = npt.NDArray[np.float32]
 Read = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Takes what the model computed for a batch of N sentences; returns (N, dimension) embeddings by name."""
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens of a batch, padding included, by type of device."""
@@ -54,12 +58,16 @@ class SentenceEmbeddings:
         return self.matrix[rows]
 
 
-def load_model(name_or_path: str, device: str | None = None) -> SentenceTransformer:
+def load_model(
+    name_or_path: str, device: str | None = None, pooling: Literal["cls", "mean"] | None = None
+) -> SentenceTransformer:
     """Load a model to be evaluated.
 
     Args:
         name_or_path: hub name or local folder.
         device: such as "cpu" or "cuda:1"; the GPU if there is one.
+        pooling: of a plain encoder, as SimCSE, MCSE and KDMCSE publish theirs, with which no pooling is saved. None
+            takes "mean" and warns. A sentence-transformers model keeps its own. :func:`assumed_pooling` tells.
 
     Raises:
         FileNotFoundError: if it looks like a path and there is no such folder.
@@ -72,7 +80,7 @@ def load_model(name_or_path: str, device: str | None = None) -> SentenceTransfor
     if folder.is_dir() and not any((folder / name).is_file() for name in ("modules.json", "config.json")):
         raise ValueError(f"{name_or_path} is not the folder of a model: it has neither modules.json nor config.json")
     try:
-        return SentenceTransformer(name_or_path, device=device)
+        model = SentenceTransformer(name_or_path, device=device)
     except (SafetensorError, RuntimeError) as error:  # a damaged file, a device that is not there
         raise ValueError(f"{name_or_path} could not be loaded: {error}") from error
     except (OSError, ValueError) as error:
@@ -80,6 +88,21 @@ def load_model(name_or_path: str, device: str | None = None) -> SentenceTransfor
             f"{name_or_path} is neither the folder of a model nor a name that the hub knows, or the hub cannot be "
             f"reached: {error}"
         ) from error
+    if load_file_path(name_or_path, "modules.json") is None and isinstance(model[-1], Pooling):
+        if pooling is None:
+            logger.warning(
+                "%s is a plain encoder, with which no pooling was saved: the mean of the token vectors is taken. "
+                "SimCSE, MCSE and KDMCSE are trained with the [CLS] vector: set `pooling` to cls or mean",
+                name_or_path,
+            )
+        model[-1] = Pooling(model.get_embedding_dimension(), pooling or "mean")
+        model.assumed_pooling = pooling or "mean"
+    return model
+
+
+def assumed_pooling(model: SentenceTransformer) -> str | None:
+    """The pooling that :func:`load_model` took because none was saved with the model; None if one was."""
+    return getattr(model, "assumed_pooling", None)
 
 
 def encode_distinct(

@@ -60,11 +60,15 @@ def provenance(
 def model_identity(model: SentenceTransformer, name: str | None = None) -> dict[str, Any]:
     """What a model is, whatever it is called: dimension, modules, and the checksum of its parameters.
 
+    Where no pooling was saved with it, "pooling" names the one that was taken.
+
     Args:
         model: any sentence-transformers model.
         name: hub name or folder that it was loaded from.
     """
+    assumed = getattr(model, "assumed_pooling", None)
     return {
+        **({} if assumed is None else {"pooling": f"{assumed} (none was saved)"}),
         "name": name,
         "parameters_sha256": parameters_checksum(model),
         "dimension": model.get_embedding_dimension(),

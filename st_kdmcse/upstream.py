@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from sentence_transformers.base.losses.gradcache import _backward_hook as backward_of_mini_batches
 from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses.adaptive_layer import TransformerDecorator
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator, shrink
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from st_kdmcse.dropout import dropout as fast_dropout
 
 __all__ = [
     "ATTENTION",
+    "NO_LAYERS",
     "CachedLossDecorator",
     "CachedLossMixin",
     "HookedTrainer",
@@ -38,12 +40,18 @@ __all__ = [
     "RandContext",
     "attention_of",
     "backward_of_mini_batches",
+    "check_layers",
     "embed_columns",
     "leave_autocast",
     "nested_gather",
     "shrink",
     "token_positions",
 ]
+
+NO_LAYERS = (
+    "AdaptiveLayerLoss and Matryoshka2dLoss do not work with the losses of st_kdmcse, which double a batch themselves: "
+    "use the loss alone, or in MatryoshkaLoss"
+)
 
 ATTENTION = "st_kdmcse_sdpa"
 """The name under which this package's attention is registered with transformers."""
@@ -72,6 +80,9 @@ class HookedTrainer(SentenceTransformerTrainer):
 
     def load_extra(self, directory: Path) -> None:
         """Load what :meth:`save_extra` saved, before the model is loaded."""
+
+    def checkpoint_loaded(self) -> None:
+        """The model and what :meth:`load_extra` loads are those of one checkpoint now."""
 
     def load_checkpoint(self, checkpoint: str | Path) -> None:
         """Load the model of a checkpoint and its extras, without the state of training."""
@@ -110,6 +121,18 @@ class HookedTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.load_extra(Path(checkpoint_path))
         super()._load_from_checkpoint(checkpoint_path)
+        self.checkpoint_loaded()
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse a model that AdaptiveLayerLoss computes with: it looks for layers in the features that a loss was given.
+
+    Raises:
+        ValueError: if it does.
+    """
+    encoder = next(iter(getattr(model, "module", model).children()), None)
+    if isinstance(getattr(encoder, "forward", None), TransformerDecorator):
+        raise ValueError(NO_LAYERS)
 
 
 def leave_autocast(model: nn.Module) -> None:

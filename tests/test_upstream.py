@@ -48,6 +48,10 @@ class Recorder(HookedTrainer):
     def load_extra(self, directory):
         self.reached.append("load_extra")
 
+    def checkpoint_loaded(self):
+        self.reached.append("checkpoint_loaded")
+        self.loss.heads_fit()
+
 
 @pytest.fixture
 def trainer(student, sentences, tmp_path):
@@ -99,6 +103,7 @@ def test_resuming_reaches_the_hook(trainer, tmp_path):
     trainer.train()
     assert "load_extra" not in trainer.reached
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.reached.index("load_extra") < trainer.reached.index("checkpoint_loaded")
     assert "load_extra" in trainer.reached, f"{MEND}resuming does not call _load_from_checkpoint any more"
 
 

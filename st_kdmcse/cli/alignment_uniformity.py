@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import friendly_errors, pooling_option, quiet_libraries
 from st_kdmcse.cli.named_models import named_models
 from st_kdmcse.data import STSTask, load_sts_benchmark
 from st_kdmcse.encoding import load_model
@@ -26,7 +27,14 @@ from st_kdmcse.provenance import model_identity, provenance
 )
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG, SVG or PDF file to write.")
-def main(models: tuple[str, ...], data_dir: str, output: Path | None, plot: Path | None) -> None:
+@pooling_option
+def main(
+    models: tuple[str, ...],
+    data_dir: str,
+    output: Path | None,
+    plot: Path | None,
+    pooling: Literal["cls", "mean"] | None,
+) -> None:
     """Measure alignment and uniformity of each MODEL on STS-B dev, over the whole set at once (Eq. 15, 16).
 
     A MODEL is a hub name or folder, or LABEL=PATH. The numbers are not on the scale of the paper's Table 2: MCSE's code
@@ -38,7 +46,7 @@ def main(models: tuple[str, ...], data_dir: str, output: Path | None, plot: Path
         check_plot(plot)
         names = named_models(models)
         pairs = load_sts_benchmark(data_dir, "dev")
-        loaded = {label: load_model(path) for label, path in names.items()}
+        loaded = {label: load_model(path, pooling=pooling) for label, path in names.items()}
         results = [alignment_uniformity(model, pairs, label) for label, model in loaded.items()]
         click.echo(table(results))
         if output is not None:

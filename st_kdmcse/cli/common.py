@@ -74,6 +74,12 @@ def precision_option(default: Precision) -> Callable[[Command], Command]:
     return click.option("--precision", type=click.Choice(PRECISIONS), default=default, show_default=True, help=text)
 
 
+def pooling_option(command: Command) -> Command:
+    """The option ``--pooling`` of commands that score models."""
+    text = "Pooling of a plain encoder, with which none was saved.  [mean, with a warning]"
+    return click.option("--pooling", type=click.Choice(["cls", "mean"]), help=text)(command)
+
+
 def cxc_options(command: Command) -> Command:
     """Give a command the caption pairs of CxC as a task: ``cxc`` and ``coco_captions``."""
     path = click.Path(path_type=Path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import Whole, cxc_options, friendly_errors, precision_option, quiet_libraries
 from st_kdmcse.data import STS_TASKS, load_cxc, load_sts_tasks
-from st_kdmcse.encoding import load_model
+from st_kdmcse.encoding import assumed_pooling, load_model
 from st_kdmcse.evaluation.sts import AS_SAVED, AVERAGE, POOLINGS, STSResult, evaluate_poolings, evaluate_sts, has_pooler
 from st_kdmcse.files import check_output_file, write_json
 from st_kdmcse.precision import Precision, resolve_precision
@@ -29,7 +29,8 @@ from st_kdmcse.provenance import provenance
 @cxc_options
 @click.option(
     "--pooling",
-    help=f"Other poolings to score: {','.join(POOLINGS)}, separated by commas; or all.",
+    help=f"Other poolings to score: {','.join(POOLINGS)}, separated by commas; or all. Of a plain encoder, with which "
+    "none was saved, the first is that of the model.  [mean, with a warning]",
 )
 @click.option("--device", help="Device, such as cpu or cuda:1.  [a GPU if there is one]")
 @click.option("--batch-tokens", type=Whole(1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
@@ -57,18 +58,21 @@ def main(
         found = load_sts_tasks(data_dir, names)
         if cxc is not None:
             found.append(load_cxc(cxc, coco_captions))
-        encoder = load_model(model, device)
+        poolings = [name.strip() for name in pooling.split(",")] if pooling else []
+        encoder = load_model(model, device, _of_encoder(poolings))
+        assumed = assumed_pooling(encoder)
+        own = AS_SAVED if assumed is None else f"{assumed} (none saved)"
         computed = resolve_precision(precision, encoder.device)
         if pooling:
-            poolings = [name.strip() for name in pooling.split(",")]
             if pooling == "all":
                 poolings = [name for name in POOLINGS if name != "pooler" or has_pooler(encoder, model)]
             elif "pooler" in poolings and not has_pooler(encoder, model):
                 raise ValueError(f"--pooling pooler: the checkpoint of {model} has no weights of a pooler")
+            poolings = [name for name in poolings if name != assumed]
             results = evaluate_poolings(encoder, found, poolings, batch_tokens=batch_tokens, precision=computed)
         else:
             results = {AS_SAVED: evaluate_sts(encoder, found, batch_tokens=batch_tokens, precision=computed)}
-        click.echo(table(results))
+        click.echo(table({own if name == AS_SAVED else name: result for name, result in results.items()}))
         if computed != "float32":
             click.echo(f"embeddings were computed in {computed}")
         result = results.pop(AS_SAVED)
@@ -89,6 +93,12 @@ def main(
             }
             write_json(output, record)
             click.echo(f"details: {output}")
+
+
+def _of_encoder(poolings: list[str]) -> Literal["cls", "mean"] | None:
+    """The pooling that a plain encoder is loaded with, from those asked for."""
+    first = poolings[0] if poolings else None
+    return "cls" if first == "cls" else "mean" if first == "mean" else None
 
 
 def table(results: dict[str, STSResult]) -> str:

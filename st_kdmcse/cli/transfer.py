@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import COUNT, SEED, Whole, friendly_errors, precision_option, quiet_libraries
+from st_kdmcse.cli.common import COUNT, SEED, Whole, friendly_errors, pooling_option, precision_option, quiet_libraries
 from st_kdmcse.data.transfer import TRANSFER_TASKS
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.transfer import AVERAGE, TransferProtocol, evaluate_transfer
@@ -34,6 +34,7 @@ from st_kdmcse.precision import Precision
 @click.option("--device", help="Device of the embeddings, such as cpu or cuda:1.  [a GPU if there is one]")
 @click.option("--batch-tokens", type=Whole(1), help="Tokens encoded at a time.  [CPU: 2048; else 16384]")
 @precision_option("float32")
+@pooling_option
 @click.option("--jobs", type=Whole(1), help="Classifiers trained at a time.  [all cores]")
 def main(
     model: str,
@@ -45,6 +46,7 @@ def main(
     device: str | None,
     batch_tokens: int | None,
     precision: Precision,
+    pooling: Literal["cls", "mean"] | None,
     jobs: int | None,
 ) -> None:
     """Score a model on MR, CR, SUBJ, MPQA, SST2, TREC and MRPC: logistic regression on frozen embeddings."""
@@ -53,7 +55,7 @@ def main(
         check_output_file(output)
         names = [name.strip() for name in tasks.split(",")] if tasks else list(TRANSFER_TASKS)
         result = evaluate_transfer(
-            load_model(model, device),
+            load_model(model, device, pooling),
             data_dir,
             names,
             TransferProtocol(folds, seed),

@@ -153,7 +153,7 @@ def has_pooler(model: SentenceTransformer, name_or_path: str) -> bool:
     pooler = _pooler(model)
     if not isinstance(pooler, nn.Module):
         return False
-    again = _pooler(load_model(name_or_path, "cpu"))
+    again = _pooler(load_model(name_or_path, "cpu", "mean"))
     return again is not None and parameters_checksum(pooler) == parameters_checksum(again)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from st_kdmcse.losses import heads as heads_io
 from st_kdmcse.losses.components import LossComponents
 from st_kdmcse.losses.heads import ProjectionHead
-from st_kdmcse.upstream import embed_columns
+from st_kdmcse.upstream import check_layers, embed_columns
 
 Views = tuple[Tensor, Tensor]
 
@@ -24,6 +24,24 @@ AnchorTensors = dict[str, Tensor]
 
 AnchorLoss = Callable[[AnchorTensors, int], tuple[Tensor, ...]]
 """Takes some anchors and the row of the first one's positive; returns the mean loss of the anchors, and counts."""
+
+
+class _Loads:
+    """Counts how often a state was loaded into a model; a hook of it, and copied and pickled with it."""
+
+    count = 0
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self.count += 1
+
+
+def _count_loads(model: nn.Module) -> _Loads:
+    """The counter of a model; a new one at the first call."""
+    counter = vars(model).get("_st_kdmcse_loads")
+    if counter is None:
+        counter = model._st_kdmcse_loads = _Loads()  # type: ignore[assignment]
+        model.register_load_state_dict_post_hook(counter)
+    return counter
 
 
 class TwoViewLoss(nn.Module):
@@ -35,14 +53,24 @@ class TwoViewLoss(nn.Module):
     Args:
         model: the student.
         gather_across_devices: use the batches of all processes as candidates.
+
+    Raises:
+        ValueError: if the model has a ``truncate_dim``: training sees whole embeddings.
     """
 
     def __init__(self, model: SentenceTransformer, gather_across_devices: bool = False) -> None:
         super().__init__()
+        if model.truncate_dim is not None:
+            raise ValueError(
+                f"the model has truncate_dim {model.truncate_dim}, and training sees whole embeddings: make it "
+                "without, wrap the loss in MatryoshkaLoss, and truncate when you encode"
+            )
         self.model = model
         self.gather_across_devices = gather_across_devices
         self.hidden_dim: int = model.get_embedding_dimension()
         self.heads = nn.ModuleDict({"text": ProjectionHead(self.hidden_dim, self.hidden_dim)}).to(model.device)
+        self._loads = _count_loads(model)
+        self._loads_before = self._loads.count
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
         """The loss of a tokenized batch.
@@ -54,7 +82,13 @@ class TwoViewLoss(nn.Module):
 
         Returns:
             The terms of the loss.
+
+        Raises:
+            ValueError: if the student's weights have been loaded since the loss was made and the heads have not, as
+                when ``SentenceTransformer.fit`` or the stock trainer resumes; or if AdaptiveLayerLoss wraps the loss.
         """
+        self._check_heads()
+        check_layers(self.model)
         columns = [dict(features) for features in sentence_features]
         if len(columns) == 1:
             columns.append(dict(columns[0]))
@@ -152,6 +186,19 @@ class TwoViewLoss(nn.Module):
             ValueError: if a parameter is missing, unknown or of another shape, by name; nothing is changed then.
         """
         heads_io.load_heads(self.heads, path)
+        self.heads_fit()
+
+    def heads_fit(self) -> None:
+        """Take note that the heads belong to the student's weights as they are now."""
+        self._loads_before = self._loads.count
+
+    def _check_heads(self) -> None:
+        if self._loads.count != self._loads_before and torch.is_grad_enabled():
+            raise ValueError(
+                "the student's weights were loaded after this loss was made, and its heads are random still: the stock "
+                "trainer and fit save no heads, so their runs cannot be resumed. Use KDMCSETrainer, which saves and "
+                "restores them; or make the loss after the weights are loaded"
+            )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""

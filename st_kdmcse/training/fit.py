@@ -22,7 +22,8 @@ def fit_objectives(
     ``fit`` takes a batch of each objective in turn and ends with the shortest. So the sentences are dealt out to p - 1
     loaders, and each loader is filled up by repeating its first examples until all are equally long: an epoch passes
     over both sources at least once. A repeated example can meet itself in a batch, where it is its own negative; the
-    schedule of :class:`~st_kdmcse.KDMCSETrainer` avoids that.
+    schedule of :class:`~st_kdmcse.KDMCSETrainer` avoids that. ``fit`` saves no heads: with ``resume_from_checkpoint``
+    the loss raises ValueError at the first step, where that trainer goes on exactly.
 
     Args:
         text_loader: a loader of ``InputExample(texts=[sentence])``.

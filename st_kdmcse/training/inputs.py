@@ -21,7 +21,7 @@ from st_kdmcse.files import sha256_file
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import FEATURES_NAME
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student
+from st_kdmcse.training.student import build_student, encoder_folder
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def encoder_type(model: str) -> str:
         ValueError: if there is no such encoder.
     """
     try:
-        return str(AutoConfig.from_pretrained(model).model_type)
+        return str(AutoConfig.from_pretrained(encoder_folder(model)).model_type)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`model` {model} is neither the folder of an encoder (with a config.json) nor a name that the hub knows, "

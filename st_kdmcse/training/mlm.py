@@ -53,7 +53,7 @@ from st_kdmcse.training.run_folder import (
     run_to_go_on,
     save_into,
 )
-from st_kdmcse.training.student import build_student, student_checksums
+from st_kdmcse.training.student import build_student, encoder_folder, student_checksums
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ def _train(options: MaskingOptions, sentences: Dataset) -> dict[str, Any]:
     run = run_to_go_on(options.output_dir, record, steps_done)
     is_over = steps_done >= options.max_steps  # a run that was killed after its last checkpoint
     set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(options.model))
     if tokenizer.mask_token is None:
         raise ValueError(f"`model` {options.model} has no mask token: use an encoder such as BERT or RoBERTa")
     with _quietly():
-        network = AutoModelForMaskedLM.from_pretrained(options.model).float()
+        network = AutoModelForMaskedLM.from_pretrained(encoder_folder(options.model)).float()
     claim_student(options.output_dir, run, student_checksums(network.base_model, tokenizer))
     with writing(options.output_dir / RUN_NAME):
         write_json(options.output_dir / RUN_NAME, run)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from sentence_transformers.util import batch_to_device
+from sentence_transformers.util import batch_to_device, load_file_path
 from torch import nn
 from transformers import PretrainedConfig
 
 from st_kdmcse.provenance import parameters_checksum
+
+logger = logging.getLogger(__name__)
 
 PoolingMode = Literal["cls", "mean"]
 
@@ -24,7 +27,7 @@ def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingM
 
     Args:
         name_or_path: a hub name or local folder of a BERT, RoBERTa, MiniLM, ... encoder, or of a sentence-transformers
-            model, of which the encoder is taken.
+            model, of which the encoder and the prompts are taken.
         max_seq_length: tokens after which sentences are cut off (32 in the paper).
         pooling: "cls" (the paper's), or "mean" over the tokens, for a model that was trained with it.
 
@@ -34,7 +37,7 @@ def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingM
     Raises:
         ValueError: if the model has no [CLS] token, or fewer positions than ``max_seq_length``.
     """
-    transformer = Transformer(name_or_path, max_seq_length=max_seq_length)
+    transformer = Transformer(encoder_folder(name_or_path), max_seq_length=max_seq_length)
     config = transformer.auto_model.config
     if getattr(transformer.tokenizer, "cls_token", None) is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -47,9 +50,37 @@ def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingM
         )
     transformer.float()  # a checkpoint in half precision would be trained in it, and small updates be rounded away
     student = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)])
+    _keep_prompts(student, name_or_path)
     if not Path(name_or_path).is_dir():
         student.model_card_data.set_base_model(name_or_path)
     return student
+
+
+def encoder_folder(name_or_path: str) -> str:
+    """Where the encoder of a model is: in older folders of sentence-transformers, one below (``0_Transformer``).
+
+    Args:
+        name_or_path: a hub name or local folder.
+    """
+    folder = Path(name_or_path)
+    inner = sorted(folder.glob("0_*/config.json"))
+    return str(inner[0].parent) if inner and not (folder / "config.json").is_file() else name_or_path
+
+
+def _keep_prompts(student: SentenceTransformer, name_or_path: str) -> None:
+    """Give a student the prompts that are saved with a sentence-transformers model; it is trained without them."""
+    path = load_file_path(name_or_path, "config_sentence_transformers.json")
+    if path is None:
+        return
+    saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    student.prompts = {**student.prompts, **(saved.get("prompts") or {})}
+    student.default_prompt_name = saved.get("default_prompt_name")
+    if student.default_prompt_name is not None:
+        logger.warning(
+            "%s puts the prompt %r before each text that it encodes, and is trained without it",
+            name_or_path,
+            student.prompts[student.default_prompt_name],
+        )
 
 
 def student_checksums(encoder: nn.Module, tokenizer: Any) -> dict[str, str]:

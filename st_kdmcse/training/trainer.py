@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
@@ -33,7 +34,7 @@ from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler, pair_
 from st_kdmcse.training.student import views_differ
 from st_kdmcse.training.token_batches import TokenBatches
 from st_kdmcse.training.unpadding import unchecked_masks, unpadded
-from st_kdmcse.upstream import HookedTrainer, nested_gather
+from st_kdmcse.upstream import NO_LAYERS, HookedTrainer, nested_gather
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class KDMCSETrainer(HookedTrainer):
         kwargs: as for ``SentenceTransformerTrainer``.
 
     Raises:
-        ValueError: if a dataset has other columns than one of text and optionally ``row``, or for what a compiled
+        ValueError: if a dataset is a streaming one, or has other columns than one of text and optionally ``row``, if
+            AdaptiveLayerLoss or Matryoshka2dLoss wraps a loss of this package, or for what a compiled
             student cannot do (see :func:`check_compilation`); by ``train``, if ``unpad`` is True for a student that
             does not allow it.
     """
@@ -92,7 +94,7 @@ class KDMCSETrainer(HookedTrainer):
         self,
         model: SentenceTransformer | None = None,
         args: SentenceTransformerTrainingArguments | None = None,
-        train_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | DatasetDict | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         *,
         pair_every: int | None = None,
         head_learning_rate: float | None = None,
@@ -107,6 +109,8 @@ class KDMCSETrainer(HookedTrainer):
         if isinstance(train_dataset, Dataset):
             # One sampler for one source or two: the stock one for a single dataset is not resumed exactly.
             train_dataset = {"pairs" if ROW_COLUMN in train_dataset.column_names else "text": train_dataset}
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = {"train": train_dataset}
         for name, dataset in (train_dataset or {}).items():
             _check_columns(name, dataset)
         self.pair_every = pair_every
@@ -124,6 +128,8 @@ class KDMCSETrainer(HookedTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         if head_learning_rate is not None:
             self.args.learning_rate_mapping = {**self.args.learning_rate_mapping, HEAD_PARAMETERS: head_learning_rate}
+        if self.head_losses and any(isinstance(module, AdaptiveLayerLoss) for module in self._loss_modules):
+            raise ValueError(NO_LAYERS)
         if self.args.torch_compile:
             in_parts = any(hasattr(module, "mini_batch_size") for module in self._loss_modules)
             in_parts |= self.args.gradient_accumulation_steps > 1
@@ -328,6 +334,11 @@ class KDMCSETrainer(HookedTrainer):
         for path, loss in self._head_paths(directory):
             loss.load_heads(path)
 
+    def checkpoint_loaded(self) -> None:
+        """Tell the losses that their heads are those of the student."""
+        for loss in self.head_losses:
+            loss.heads_fit()
+
     def _head_paths(self, directory: str | Path) -> list[tuple[Path, TwoViewLoss]]:
         losses = self.head_losses
         names = [HEADS_DIR] if len(losses) == 1 else [f"{HEADS_DIR}-{number}" for number in range(len(losses))]
@@ -406,7 +417,12 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _check_columns(name: str, dataset: Dataset) -> None:
+def _check_columns(name: str, dataset: Dataset | IterableDataset) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"dataset {name!r} is a streaming one, and the schedule needs the number of its rows: load it with "
+            "streaming=False, or make it one with Dataset.from_generator"
+        )
     texts = [column for column in dataset.column_names if column != ROW_COLUMN]
     if len(texts) != 1:
         raise ValueError(

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
 )
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from st_kdmcse import build_student
 from st_kdmcse.data import STS_TASKS, STSPairs, STSTask, load_sts_tasks
 from st_kdmcse.evaluation.sts import (
     AS_SAVED,
@@ -298,3 +299,50 @@ def test_scores_are_of_the_precision_that_is_asked_for(tmp_path, student, bfloat
         run = CliRunner().invoke(load_command("evaluation/sts.py"), [*arguments, "--precision", "bfloat16"])
     assert run.exit_code == 2
     assert "set --precision to float32 or auto" in run.stderr
+
+
+@pytest.fixture
+def sts_data(tmp_path):
+    lines = [f"main\tfile\t2012\t{n}\t{n % 6}\t{' '.join(WORDS[n : n + 4])}\t{WORDS[n]}\n" for n in range(12)]
+    (tmp_path / "sts").mkdir()
+    (tmp_path / "sts" / "sts-test.csv").write_text("".join(lines))
+    (tmp_path / "sts" / "sts-dev.csv").write_text("".join(lines))
+    return tmp_path / "sts"
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode", "row"),
+    [
+        ([], "mean", "mean (none saved)"),
+        (["--pooling", "cls"], "cls", "cls (none saved)"),
+        (["--pooling", "cls,mean"], "cls", "cls (none saved)"),
+    ],
+)
+def test_a_plain_encoder_is_scored_with_the_pooling_that_was_asked_for(tiny_bert, sts_data, tmp_path, flags, mode, row):
+    arguments = ["--model", str(tiny_bert), "--data-dir", str(sts_data), "--tasks", "STS-B", "--device", "cpu"]
+    result = CliRunner().invoke(
+        load_command("evaluation/sts.py"), [*arguments, *flags, "--output", str(tmp_path / "r.json")]
+    )
+    assert result.exit_code == 0, result.output
+    assert row in result.output
+    assert AS_SAVED not in result.output
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["model"]["pooling"] == f"{mode} (none was saved)"
+    expected = evaluate_sts(build_student(str(tiny_bert), pooling=mode).to("cpu"), load_sts_tasks(sts_data, ["STS-B"]))
+    assert record["spearman"]["STS-B"] == expected.spearman["STS-B"]
+    assert ("mean" in record["pooling"]) == (flags[-1:] == ["cls,mean"])
+
+
+def test_other_commands_ask_for_the_pooling_too_and_a_model_keeps_its_own(tiny_bert, sts_data, tmp_path, caplog):
+    build_student(str(tiny_bert)).save_pretrained(str(tmp_path / "saved"))
+    arguments = [f"plain={tiny_bert}", f"saved={tmp_path / 'saved'}", "--data-dir", str(sts_data)]
+    command = load_command("evaluation/alignment_uniformity.py")
+    for flags, mode in (([], "mean"), (["--pooling", "cls"], "cls")):
+        caplog.clear()
+        result = CliRunner().invoke(command, [*arguments, *flags, "--output", str(tmp_path / "r.json")])
+        assert result.exit_code == 0, result.output
+        plain, saved = json.loads((tmp_path / "r.json").read_text())["models"]
+        assert plain["model"]["pooling"] == f"{mode} (none was saved)"
+        assert "pooling" not in saved["model"]
+        assert ("no pooling was saved" in caplog.text) == (not flags)
+    assert plain["spearman"] == saved["spearman"]  # both by [CLS]

@@ -522,5 +522,5 @@ def test_the_text_loss_has_a_weight(student, store):
     ],
 )
 def test_without_the_text_loss_each_kind_of_batch_needs_a_term(options):
-    with pytest.raises(ValueError, match="text_weight must be above 0"):
+    with pytest.raises(ValueError, match="`text_weight` must be above 0"):
         KDMCSEConfig(**options)

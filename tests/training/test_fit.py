@@ -6,7 +6,7 @@ import torch
 from sentence_transformers import InputExample
 from torch.utils.data import DataLoader
 
-from st_kdmcse import KDMCSEConfig, KDMCSELoss, MultimodalInputExample, fit_objectives
+from st_kdmcse import KDMCSEConfig, KDMCSELoss, MultimodalInputExample, build_student, fit_objectives
 
 
 def loader(examples, batch_size=8):
@@ -58,6 +58,25 @@ def test_fit_follows_the_schedule_and_trains_the_heads(student, store, sentences
     assert {tuple(labels.shape) for terms, _, labels in loss.seen if len(terms) == 3} == {expected_shape}
     for name, value in loss.heads.state_dict().items():
         assert not torch.equal(value, before[name]), name
+
+
+def test_a_run_that_would_go_on_with_random_heads_is_refused(tiny_bert, store, sentences, tmp_path):
+    def fit(epochs, resume):
+        model = build_student(str(tiny_bert)).to("cpu")
+        loss = KDMCSELoss(model, features=store)
+        texts = [InputExample(texts=[sentence]) for sentence in sentences]
+        model.fit(
+            train_objectives=fit_objectives(loader(texts), loader(pairs_by_row(store)), loss),
+            epochs=epochs,
+            show_progress_bar=False,
+            checkpoint_path=str(tmp_path),
+            checkpoint_save_steps=20,
+            resume_from_checkpoint=resume,
+        )
+
+    fit(1, resume=False)
+    with pytest.raises(ValueError, match="its heads are random still"):
+        fit(2, resume=True)
 
 
 def test_the_ratio_can_be_given(student, store, sentences):

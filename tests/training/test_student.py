@@ -1,11 +1,14 @@
 """Students from real encoder folders."""
 
+import json
+
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import BertModel, BertTokenizerFast, T5Config, T5EncoderModel
 
 from st_kdmcse import build_student
+from st_kdmcse.training.inputs import encoder_type
 
 
 def test_the_embedding_is_the_cls_vector_before_the_pooler(student, sentences):
@@ -30,6 +33,31 @@ def test_the_saved_student_is_a_stock_model(student, sentences, tmp_path):
     loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert [type(module).__name__ for module in loaded] == ["Transformer", "Pooling"]
     assert (loaded.encode(sentences[:8]) == student.encode(sentences[:8])).all()
+
+
+def test_saved_prompts_stay(student, sentences, tmp_path, caplog):
+    student.prompts = {"query": "question: ", "document": ""}
+    student.default_prompt_name = "query"
+    student.save_pretrained(str(tmp_path / "model"))
+    again = build_student(str(tmp_path / "model")).to("cpu")
+    assert (again.prompts["query"], again.default_prompt_name) == ("question: ", "query")
+    assert "and is trained without it" in caplog.text
+    assert (again.encode(sentences[:4]) == student.encode(sentences[:4])).all()
+
+
+def test_older_folders_of_sentence_transformers_are_students(student, sentences, tmp_path):
+    folder = tmp_path / "old"
+    student.save_pretrained(str(folder))
+    (folder / "0_Transformer").mkdir()
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+            path.rename(folder / "0_Transformer" / path.name)
+    assert encoder_type(str(folder)) == "bert"
+    again = build_student(str(folder)).to("cpu")
+    assert (again.encode(sentences[:4]) == student.encode(sentences[:4])).all()
 
 
 def test_sentences_are_cut_off(tiny_bert):

@@ -11,7 +11,7 @@ from helpers import without_dropout
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, Matryoshka2dLoss, MatryoshkaLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
@@ -315,6 +315,51 @@ def test_one_dataset_alone_and_the_stock_trainer(tiny_bert, sentences, store, tm
         )
         trainer.train()
         assert ("image" in trainer.state.log_history[0]) == (name == "kdmcse")
+
+
+def test_a_stock_trainer_is_not_resumed_with_random_heads(tiny_bert, store, tmp_path):
+    def stock(max_steps):
+        model = build_student(str(tiny_bert)).to("cpu")
+        return SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                str(tmp_path), max_steps=max_steps, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
+            ),
+            train_dataset=store.dataset(),
+            data_collator=KDMCSEDataCollator(model.preprocess),
+            loss=KDMCSELoss(model, features=store),
+        )
+
+    stock(2).train()
+    with pytest.raises(ValueError, match="its heads are random still.*Use KDMCSETrainer"):
+        stock(4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("wrapper", [AdaptiveLayerLoss, Matryoshka2dLoss])
+def test_losses_of_layers_are_refused(tiny_bert, store, tmp_path, wrapper):
+    def wrap(model, loss):
+        return wrapper(model, loss, **({"matryoshka_dims": [32, 16]} if wrapper is Matryoshka2dLoss else {}))
+
+    with pytest.raises(ValueError, match="AdaptiveLayerLoss and Matryoshka2dLoss do not work"):
+        make_trainer(tiny_bert, tmp_path, store.dataset(), store, wrap)
+    model = build_student(str(tiny_bert)).to("cpu")
+    loss = wrap(model, KDMCSELoss(model, features=store))
+    with pytest.raises(ValueError, match="AdaptiveLayerLoss and Matryoshka2dLoss do not work"):
+        loss([model.preprocess(["a dog", "a cat"])], torch.tensor([0, 1]))
+
+
+def test_streaming_datasets_are_refused(tiny_bert, store, tmp_path):
+    streaming = store.dataset().to_iterable_dataset()
+    for data, name in ((streaming, "train"), ({"pairs": streaming}, "pairs")):
+        with pytest.raises(ValueError, match=f"dataset '{name}' is a streaming one.*streaming=False"):
+            make_trainer(tiny_bert, tmp_path, data, store)
+
+
+def test_a_student_that_truncates_is_refused(tiny_bert, store):
+    model = build_student(str(tiny_bert)).to("cpu")
+    model.truncate_dim = 16
+    with pytest.raises(ValueError, match="truncate_dim 16"):
+        KDMCSELoss(model, features=store)
 
 
 def test_columns_that_would_be_trained_on_as_text_are_refused(tiny_bert, sentences, store, tmp_path):
