@@ -37,12 +37,12 @@ def extraction_options(command: Command, in_training: bool = False, **defaults: 
     known = {option.name: option.default for option in fields(ExtractionOptions)} | defaults
     choices: dict[str, dict[str, Any]] = {
         "captions": {"help": "Captions: file or folder in the publisher's format (.token, .csv, .json, .tsv, "
-                     ".parquet, .tar shards), or a data set on the hub."},
+                     ".jsonl, .parquet, .tar shards), or a data set on the hub."},
         "images": {"type": click.Path(path_type=Path), "help": "Folder of the images, if --captions has none."},
         "captions_format": {"type": click.Choice(["auto", *FORMATS]), "help": "Format of --captions."},
-        "split": {"help": "Part of the data set: a name (train), or a file of image ids."},
+        "split": {"help": "Part of the data set: a name (in a table's column split), or a file of image ids."},
         "image_column": {"help": "Column of the image in a table or hub data set."},
-        "caption_column": {"help": "Column of the caption (or captions) there."},
+        "caption_column": {"help": "Column of the caption or captions there; several with commas."},
         "captions_per_image": {"type": Whole(1), "help": "Captions drawn of each image.  [all]"},
         "limit": {"type": Whole(1), "help": "Images drawn from the data set.  [all]"},
         "subset_seed": {"type": SEED, "help": "Seed of what is drawn from the data set."},

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from st_kdmcse.data.json_files import json_items
 from st_kdmcse.data.lines import read_lines
-from st_kdmcse.data.readers.parsing import existing_file, json_items
+from st_kdmcse.data.readers.parsing import existing_file
 from st_kdmcse.data.sts import STSTask, check_scorable, checked_pairs
+from st_kdmcse.data.tables import csv_problem
 
 CXC = "CxC"
 """The name of the task."""
@@ -67,15 +69,18 @@ def _rows(path: Path) -> Iterator[tuple[str, int, int, str, str]]:
     missing = set(_COLUMNS) - set(reader.fieldnames or ())
     if missing:
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: give sts_val.csv or sts_test.csv of CxC")
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        one, two, score, method = (row[name] or "" for name in _COLUMNS)
-        yield where, _caption_id(one, where), _caption_id(two, where), score, method
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            one, two, score, method = (row[name] or "" for name in _COLUMNS)
+            yield where, _caption_id(one, where), _caption_id(two, where), score, method
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {csv_problem(error)}") from error
 
 
 def _caption_id(name: str, where: str) -> int:
     """The annotation id in a name such as "COCO_val2014:sentid:349055"."""
-    match = re.fullmatch(r".*:sentid:(\d+)", name)
+    match = re.fullmatch(r".*:sentid:(\d{1,18})", name)
     if not match:
         raise ValueError(f"{where}: {name!r} is no caption id, such as COCO_val2014:sentid:349055; copy the file again")
     return int(match[1])
@@ -86,5 +91,5 @@ def _captions(files: Sequence[Path], wanted: set[int]) -> dict[int, Any]:
         annotation["id"]: annotation.get("caption")
         for file in files
         for annotation in json_items(file, "annotations.item")
-        if isinstance(annotation, dict) and annotation.get("id") in wanted
+        if isinstance(annotation, dict) and isinstance(annotation.get("id"), int) and annotation["id"] in wanted
     }

@@ -12,6 +12,7 @@ import numpy as np
 from st_kdmcse.data.layout import RowNumbers
 from st_kdmcse.data.lines import read_lines
 from st_kdmcse.data.store import FeatureStore
+from st_kdmcse.data.tables import csv_problem, csv_reader
 
 _COLUMN = "image"
 
@@ -66,14 +67,20 @@ def read_left_out(path: str | Path, store: FeatureStore) -> LeftOut:
 def _listed(path: Path) -> Iterator[tuple[int, str]]:
     """Line number and id of each image."""
     lines = list(read_lines(path, lambda _: None))
-    header = next(csv.reader(lines[:1]), [])
+    try:
+        header: list[str] = next(csv_reader(lines[:1]), [])
+    except csv.Error:
+        header = []
     if _COLUMN not in header:
         yield from ((number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip())
         return
-    reader, column = csv.reader(lines[1:]), header.index(_COLUMN)
-    for fields in reader:
-        number = reader.line_num + 1
-        if fields and len(fields) <= column:
-            raise ValueError(f"{path}, line {number}: no value in the column {_COLUMN!r}; write the file again")
-        if fields:
-            yield number, fields[column]
+    reader, column = csv_reader(lines[1:]), header.index(_COLUMN)
+    try:
+        for fields in reader:
+            number = reader.line_num + 1
+            if fields and len(fields) <= column:
+                raise ValueError(f"{path}, line {number}: no value in the column {_COLUMN!r}; write the file again")
+            if fields:
+                yield number, fields[column]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num + 1}: {csv_problem(error)}") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -33,6 +35,19 @@ class FileSlice:
     def __str__(self) -> str:
         return f"{self.path}, {self.name}"
 
+    def read(self, file: BinaryIO | None = None) -> bytes:
+        """The bytes.
+
+        Args:
+            file: the larger file, if it is open.
+        """
+        with nullcontext(file) if file is not None else self.path.open("rb") as source:
+            source.seek(self.offset)
+            return source.read(self.size)
+
+
+MAX_BYTES = 1 << 29
+"""Bytes of an encoded image; more than the pixels that Pillow allows take without compression."""
 
 ImageSource: TypeAlias = "Path | FileSlice | bytes"
 """Where an image is; small enough to be handed to a worker process, except for ``bytes``."""
@@ -118,12 +133,35 @@ def _read(source: ImageSource | str, name: str) -> bytes:
         return source
     try:
         if isinstance(source, FileSlice):
-            with source.path.open("rb") as file:
-                file.seek(source.offset)
-                return file.read(source.size)
-        return Path(source).read_bytes()
+            if source.size > MAX_BYTES:
+                raise ValueError(_too_large(source.size, MAX_BYTES))
+            return source.read()
+        return regular_bytes(Path(source), MAX_BYTES)
     except FileNotFoundError as error:
         raise ImageError("no image file", f"{name} does not exist: add it, or leave it out") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError("undecodable image", f"{name} cannot be read ({reason}): replace it") from error
+
+
+def regular_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file: a pipe would wait for a writer for ever, and a device may have no end.
+
+    Args:
+        path: the file, or a link to it.
+        limit: most bytes.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be read.
+        ValueError: if it is no regular file, or too large.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file")
+    if status.st_size > limit:
+        raise ValueError(_too_large(status.st_size, limit))
+    return path.read_bytes()
+
+
+def _too_large(size: int, limit: int) -> str:
+    return f"has {size:,} bytes, more than {limit:,}"

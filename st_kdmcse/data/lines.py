@@ -33,7 +33,7 @@ def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
         stream = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file))) if is_gzip(path) else file
         refuse_foreign(path, stream.peek(1))
         reported = 0
-        for number, line in enumerate(split_lines(stream), start=1):
+        for number, line in enumerate(split_lines(path, stream), start=1):
             yield _decode(line, path, number)
             if number % _LINES_BETWEEN_REPORTS == 0:
                 on_bytes(file.tell() - reported)
@@ -41,14 +41,28 @@ def read_lines(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
         on_bytes(file.tell() - reported)
 
 
-def split_lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a stream with their ends: line feed, carriage return, or both. Too long a line is cut at 16 MiB."""
-    rest = b""
+def split_lines(path: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream with their ends: line feed, carriage return, or both.
+
+    Args:
+        path: the file, for messages.
+        stream: its content.
+
+    Raises:
+        ValueError: for a line of more than 16 MiB; names it.
+    """
+    number, rest = 1, b""
     while block := stream.read(_BLOCK_BYTES):
         *lines, rest = (rest + block).splitlines(keepends=True)  # of bytes: no other line ends
-        if rest.endswith(b"\n") or len(rest) >= _LINE_BYTES:
+        if rest.endswith(b"\n"):
             lines, rest = [*lines, rest], b""
         yield from lines
+        number += len(lines)
+        if len(rest) >= _LINE_BYTES:
+            raise ValueError(
+                f"{path}, line {number}: more than {_LINE_BYTES >> 20} MiB without a line end; write one sentence a "
+                "line"
+            )
     if rest:
         yield rest
 
@@ -73,10 +87,6 @@ def _decode(line: bytes, path: Path, number: int) -> str:
         raise ValueError(
             f"{path}, line {number}: a NUL byte, so this is a binary file or not UTF-8; convert it, for example with "
             "`iconv -f utf-16 -t utf-8`"
-        )
-    if len(line) >= _LINE_BYTES:
-        raise ValueError(
-            f"{path}, line {number}: more than {_LINE_BYTES >> 20} MiB without a line end; write one sentence a line"
         )
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")

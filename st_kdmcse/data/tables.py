@@ -51,8 +51,12 @@ class Row(NamedTuple):
     values: Mapping[str, Any]
 
 
-def file_format(path: Path) -> FileFormat:
+def file_format(path: Path, of_others: FileFormat = "text") -> FileFormat:
     """The format of a table: Parquet by its content, others by their names.
+
+    Args:
+        path: the file.
+        of_others: the format of files with none of the names.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -68,9 +72,10 @@ def file_format(path: Path) -> FileFormat:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix == ".json":
         return _json_format(path)
-    if suffix not in _BY_NAME:
+    found = _BY_NAME.get(suffix, of_others)
+    if found == "text":
         _refuse_table(path)
-    return _BY_NAME.get(suffix, "text")
+    return found
 
 
 def unit_of(file_format: FileFormat) -> str:
@@ -98,19 +103,28 @@ def columns_of(path: Path, file_format: FileFormat) -> dict[str, ColumnKind]:
     return dict.fromkeys(header, "text")
 
 
-def check_separator(header: Sequence[str], file_format: str, where: str) -> None:
-    """Refuse a header that is one column, with the separators of another format in it.
+def check_separator(
+    fields: Sequence[str],
+    file_format: FileFormat,
+    where: str,
+    is_row: Callable[[Sequence[str]], bool] = lambda _: True,
+) -> None:
+    """Refuse a first row that is one field, with the separators of another format in it.
+
+    Args:
+        fields: the row.
+        file_format: "csv" or "tsv".
+        where: file and line.
+        is_row: tells whether the fields between other separators are a row.
 
     Raises:
         ValueError: naming the separator that the file has.
     """
-    other = _separator(header[0], "," if file_format == "csv" else "\t") if len(header) == 1 else None
-    if other is not None:
+    other = _separator(fields[0], "," if file_format == "csv" else "\t") if len(fields) == 1 else None
+    if other is not None and is_row(fields[0].split(other)):
         remedy = {"\t": "name it .tsv", ",": "name it .csv"}.get(other, "write it with commas (.csv) or tabs (.tsv)")
         expected = "commas" if file_format == "csv" else "tabs"
-        raise ValueError(
-            f"{where}: the header {header[0][:100]!r} is separated by {_SEPARATORS[other]}, not {expected}: {remedy}"
-        )
+        raise ValueError(f"{where}: {fields[0][:100]!r} is separated by {_SEPARATORS[other]}, not {expected}: {remedy}")
 
 
 def texts_of(path: Path, file_format: FileFormat, column: str, on_bytes: OnBytes) -> Iterator[str]:
@@ -195,7 +209,7 @@ def _refuse_table(path: Path) -> None:
     separator = _separator(first)
     if what is None and separator is not None and len(lines) > 1:
         with suppress(csv.Error):
-            rows = list(csv.reader(lines, delimiter=separator, strict=True))
+            rows = list(csv_reader(lines, separator))
             names = all(_COLUMN_NAME.fullmatch(field) for field in rows[0])
             if (names or (separator == "\t" and len(rows) > 2)) and len(set(map(len, rows))) == 1:
                 what = f"a table with columns separated by {_SEPARATORS[separator]} (first {first[:60]!r})"
@@ -242,8 +256,7 @@ def _fields(path: Path, file_format: FileFormat, on_bytes: OnBytes) -> Iterator[
             if text.strip():
                 yield number, text.rstrip("\r\n").split("\t")
         return
-    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # the default is 131,072
-    reader = csv.reader(lines, strict=True)
+    reader = csv_reader(lines)
     line = 1
     try:
         for values in reader:
@@ -252,6 +265,12 @@ def _fields(path: Path, file_format: FileFormat, on_bytes: OnBytes) -> Iterator[
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: {csv_problem(error)}") from error
+
+
+def csv_reader(lines: Iterable[str], separator: str = ",") -> Any:
+    """A strict reader of CSV, for fields of up to 16 million characters."""
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))  # the default is 131,072
+    return csv.reader(lines, delimiter=separator, strict=True)
 
 
 def csv_problem(error: csv.Error) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from st_kdmcse.data.characters import control_character
 
 Matrix = npt.NDArray[np.float32]
 
@@ -30,8 +31,6 @@ A row without the name fulfils none of them, ``ne`` included.
 COMPARISONS = ("eq", "ne", "gt", "gte", "lt", "lte")
 MAX_ID_LENGTH = 512
 """Characters of an id."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,6 @@ class NewRows:
             seen.add(key)
             _check_metadata(metadata[row], f"row {row} (id {key!r})")
         return cls(list(ids), list(texts), unit_rows(matrix, lambda row: f"row {row} (id {ids[row]!r})"), metadata)
-
-
-def control_character(value: object) -> str | None:
-    """The first control character of a text that is no tab or end of a line, for a message; None if there is none.
-
-    Programs in C end a text at a NUL: an id with one would be taken for another id.
-    """
-    found = _CONTROL.search(value) if isinstance(value, str) else None
-    return repr(found.group()) if found else None
 
 
 class SearchBackend(Protocol):

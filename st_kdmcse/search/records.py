@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from st_kdmcse.data.characters import control_character
 from st_kdmcse.data.lines import named_errors
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.data.tables import (
@@ -28,7 +29,7 @@ from st_kdmcse.data.tables import (
     unit_of,
 )
 from st_kdmcse.files import byte_progress, sha256_file
-from st_kdmcse.search.base import MAX_ID_LENGTH, control_character
+from st_kdmcse.search.base import MAX_ID_LENGTH
 
 OnEmpty = Literal["skip", "raise"]
 

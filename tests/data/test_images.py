@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import tarfile
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from st_kdmcse.data import images as images_module
 from st_kdmcse.data.images import FileSlice, ImageError, load_image
 
 
@@ -177,3 +179,20 @@ def test_real_images(shared_data):
     for path, size in zip(paths, sizes, strict=True):
         with Image.open(path) as image:
             assert image.size == size
+
+
+def test_only_regular_files_of_some_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(images_module.MAX_BYTES + 1)
+    slice_of_it = FileSlice(tmp_path / "large.jpg", 0, images_module.MAX_BYTES + 1, "a.jpg")
+    for source, message in (
+        (tmp_path / "pipe.jpg", "is no regular file"),
+        (tmp_path / "endless.jpg", "is no regular file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "large.jpg", "has 536,870,913 bytes, more than 536,870,912"),
+        (slice_of_it, "has 536,870,913 bytes"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            load_image(source)

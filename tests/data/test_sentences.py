@@ -448,7 +448,7 @@ def test_text_with_separators_and_brackets_is_text(tmp_path, content):
         ("a.json", b'{"text": ["a"],\n"n": 1}', "neither a JSON list of objects nor JSON lines"),
         ("a.json", b'[{"text": "a"},' + b"[" * 60_000, "nested more than 100 deep"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ["b"]}\n', r"a\.jsonl, line 2: 'text' is \['b'\], no text"),
-        ("a.csv", b"id\ttext\n1\ta\n", "line 1: the header 'id.ttext' is separated by tabs, not commas: name it .tsv"),
+        ("a.csv", b"id\ttext\n1\ta\n", "line 1: 'id.ttext' is separated by tabs, not commas: name it .tsv"),
         ("a.tsv", b"id,text\n1,a\n", "is separated by commas, not tabs: name it .csv"),
         ("a.csv", b'text\n"a\nb\n', r"line 2: a quote \(\"\) is opened there and not closed"),
         ("a.csv", b"text\n" + b"a" * 100 + b"\n", "line 2: a field of more than 50 characters"),

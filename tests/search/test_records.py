@@ -142,7 +142,7 @@ def test_parquet_of_pandas_with_many_batches(tmp_path):
             "a.csv",
             b"id;text\n1;a\n",
             {"text_column": "text"},
-            "line 1: the header 'id;text' is separated by semicolons, not commas",
+            "line 1: 'id;text' is separated by semicolons, not commas",
         ),
         ("a.csv", b"a,b\n1,a\n", {}, "which column holds the texts is not clear; choose a text column of 'a', 'b'"),
         ("a.csv", b"text,b\n1,a\n", {"id_column": "id"}, "no column 'id'; choose an id column of 'text', 'b'"),

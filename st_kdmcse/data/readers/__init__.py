@@ -9,7 +9,7 @@ from st_kdmcse.data.readers.base import (
     ReaderSummary,
 )
 from st_kdmcse.data.readers.coco import Coco
-from st_kdmcse.data.readers.flickr import CaptionsCSV, FlickrCSV, FlickrTokens
+from st_kdmcse.data.readers.flickr import CaptionsCSV, FlickrCSV, FlickrEntities, FlickrTokens
 from st_kdmcse.data.readers.hub import HubDataset
 from st_kdmcse.data.readers.karpathy import Karpathy
 from st_kdmcse.data.readers.open import FORMATS, open_captions
@@ -24,6 +24,7 @@ __all__ = [
     "CaptionsCSV",
     "Coco",
     "FlickrCSV",
+    "FlickrEntities",
     "FlickrTokens",
     "HubDataset",
     "ImageCaptionReader",

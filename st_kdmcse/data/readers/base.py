@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, TypeGuard
 
 import numpy as np
 
+from st_kdmcse.data.characters import control_character
 from st_kdmcse.data.images import FileSlice, ImageSource
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.files import progress_bar
@@ -48,7 +51,8 @@ class Problem:
     """A bad row.
 
     Attributes:
-        kind: such as "no caption", "no image file", "undecodable image", "duplicate id", "wrong columns", "encoding".
+        kind: such as "no caption", "no image file", "undecodable image", "outside path", "duplicate id", "wrong
+            columns", "encoding", "control character".
         where: file and row.
         message: what is wrong there, and the remedy.
     """
@@ -150,6 +154,9 @@ class ImageCaptionReader(ABC):
 
     streaming: bool = False
     """Whether a pass over the data is long: then nothing but the iteration itself should make one."""
+
+    _images: Path | None = None
+    """The folder of the images, if there is one: what a file names outside of it is not read."""
 
     def __init__(
         self,
@@ -262,6 +269,16 @@ class ImageCaptionReader(ABC):
                         f"the name or a caption of the image {record.image_id!r} has characters that are not Unicode: "
                         "correct them, or leave the image out",
                     )
+                elif found := control_character(record.image_id):
+                    message = f"the image id {record.image_id!r} holds the control character {found}: remove it"
+                    self.problems.add("control character", record.where, message)
+                elif not self._is_inside(record.image):
+                    self.problems.add(
+                        "outside path",
+                        record.where,
+                        f"the image {record.image} is outside of the folder of images {self._images}: correct the "
+                        "path, or give a folder above both as `images`",
+                    )
                 elif seen.add(record.image_id):
                     yield record
                 else:
@@ -269,11 +286,25 @@ class ImageCaptionReader(ABC):
                         "duplicate id", record.where, f"image {record.image_id!r} came before: give each image once"
                     )
 
+    def _image_file(self, name: str) -> Path | None:
+        """The file of an image; None without a folder of images."""
+        return None if self._images is None else self._images / name
+
+    def _is_inside(self, image: ImageSource | None) -> bool:
+        """Whether an image is in the folder of images, by its path; links in the folder may lead anywhere."""
+        if not isinstance(image, Path) or self._images is None:
+            return True
+        path, folder = (Path(os.path.normpath(each.absolute())) for each in (image, self._images))
+        return path.is_relative_to(folder)
+
     def _file_is_there(self, record: CaptionedImage) -> bool:
         size = None if record.image is None else _size(record.image)
         if size or record.image is None:
             return True
-        kind, what = ("no image file", "does not exist") if size is None else ("empty image file", "has 0 bytes")
+        kind, what = ("empty image file", "has 0 bytes")
+        if size is None:
+            there = isinstance(record.image, Path) and os.path.lexists(str(record.image).replace("\0", ""))
+            kind, what = ("no image file", "is no regular file" if there else "does not exist")
         name = f"of {record.image_id!r}" if isinstance(record.image, bytes) else record.image
         self.problems.add(kind, record.where, f"the image {name} {what}: add it, or leave its rows out")
         return False

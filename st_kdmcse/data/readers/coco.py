@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from st_kdmcse.data.json_files import json_items
 from st_kdmcse.data.readers.base import CaptionedImage
-from st_kdmcse.data.readers.parsing import CaptionFileReader, json_items
+from st_kdmcse.data.readers.parsing import CaptionFileReader
 
 _LAYOUT = (
     '{"images": [{"id": 1, "file_name": "a.jpg"}, ...], '
@@ -59,11 +60,13 @@ class Coco(CaptionFileReader):
 
     def _records(self) -> Iterator[CaptionedImage]:
         # The images may come before or after their annotations: one pass for each.
-        names: dict[int, str] = {}
+        names: dict[int | str, str] = {}
         for number, image in enumerate(json_items(self._captions, "images.item"), start=1):
             where = f"{self._captions}, image number {number}"
-            if not _has(image, id=int, file_name=str) or not image["file_name"]:
-                self.problems.add("wrong columns", where, f"no id or no file_name; the layout is {_LAYOUT}")
+            if not _has(image, id=int | str, file_name=str) or not image["file_name"]:
+                self.problems.add(
+                    "wrong columns", where, f"no id (a number or a text) or no file_name; the layout is {_LAYOUT}"
+                )
             elif image["id"] in names:
                 self.problems.add("duplicate id", where, f"image id {image['id']} came before: give each image once")
             else:
@@ -79,13 +82,15 @@ class Coco(CaptionFileReader):
                 message = "the image has no annotation with a caption: add one, or leave the image out"
                 self.problems.add("no caption", where, message)
 
-    def _captions_by_image(self, names: dict[int, str]) -> dict[int, list[str]]:
-        captions: dict[int, list[str]] = {}
-        seen: set[int] = set()
+    def _captions_by_image(self, names: dict[int | str, str]) -> dict[int | str, list[str]]:
+        captions: dict[int | str, list[str]] = {}
+        seen: set[int | str] = set()
         for number, annotation in enumerate(json_items(self._captions, "annotations.item"), start=1):
             where = f"{self._captions}, annotation number {number}"
-            if not _has(annotation, id=int, image_id=int):
-                self.problems.add("wrong columns", where, f"no id or no image_id; the layout is {_LAYOUT}")
+            if not _has(annotation, id=int | str, image_id=int | str):
+                self.problems.add(
+                    "wrong columns", where, f"no id or no image_id (a number or a text); the layout is {_LAYOUT}"
+                )
                 continue
             where += f" (id {annotation['id']})"
             if annotation["id"] in seen:
@@ -127,5 +132,5 @@ def _find_captions(captions: Path, split: str | None) -> Path:
     )
 
 
-def _has(entry: Any, **types: type) -> bool:
+def _has(entry: Any, **types: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in types.items())

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from st_kdmcse.data.readers.base import CaptionedImage
-from st_kdmcse.data.readers.parsing import CaptionFileReader, read_csv, read_lines
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
+from st_kdmcse.data.readers.columns import captions_in
+from st_kdmcse.data.readers.parsing import CaptionFileReader, image_folder, read_csv, read_lines
 
-_TOKEN_HEAD = re.compile(r"(.+)#(\d+)", re.DOTALL)
+_TOKEN_HEAD = re.compile(r"(.+)#(\d{1,18})", re.DOTALL)
+_NUMBER = re.compile(r"\s*\d{1,18}\s*")
+_PHRASE = re.compile(r"\[/EN#\d+(?:/[^\s\]]+)*\s+([^\]]*)\]")
 
 
 class _FlickrReader(CaptionFileReader):
@@ -32,28 +35,28 @@ class _FlickrReader(CaptionFileReader):
         self._split = None if split is None else _find_split(split, self._captions)
 
     @abstractmethod
-    def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
-        """Line, image, number of the caption (None if there are none in this format) and caption of the good rows."""
+    def _rows(self) -> Iterator[tuple[str, str, int | None, str]]:
+        """Place, image, number of the caption (None if there are none in this format) and caption of the good rows."""
 
     def _records(self) -> Iterator[CaptionedImage]:
         captions: dict[str, list[str]] = {}
-        first_lines: dict[str, int] = {}
+        first_places: dict[str, str] = {}
         numbers: set[tuple[str, int]] = set()
-        for line, image, number, caption in self._rows():
-            where = self._line(line)
+        for where, image, number, cell in self._rows():
             if number is not None:
                 if (image, number) in numbers:
                     message = f"caption {number} of the image {image!r} came before: give each caption its own number"
                     self.problems.add("duplicate id", where, message)
                     continue
                 numbers.add((image, number))
-            if self._has_text(caption, where):
-                captions.setdefault(image, []).append(caption)
-                first_lines.setdefault(image, line)
+            for caption in captions_in(cell):
+                if self._has_text(caption, where):
+                    captions.setdefault(image, []).append(caption)
+                    first_places.setdefault(image, where)
         chosen = None if self._split is None else self._read_split(self._split, captions)
         for image, texts in captions.items():
             if chosen is None or image in chosen:
-                yield CaptionedImage(image, self._image_file(image), tuple(texts), self._line(first_lines[image]))
+                yield CaptionedImage(image, self._image_file(image), tuple(texts), first_places[image])
 
     def _line(self, number: int) -> str:
         return f"{self._captions}, line {number}"
@@ -97,12 +100,12 @@ class FlickrTokens(_FlickrReader):
                 ...
     """
 
-    def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
+    def _rows(self) -> Iterator[tuple[str, str, int | None, str]]:
         for line, text in read_lines(self._captions, self.problems):
             columns = text.split("\t")
             head = _TOKEN_HEAD.fullmatch(columns[0])
             if len(columns) == 2 and head:
-                yield line, head[1], int(head[2]), columns[1]
+                yield self._line(line), head[1], int(head[2]), columns[1]
             else:
                 found = f"{len(columns)} columns" if len(columns) != 2 else f"{columns[0][:60]!r}"
                 message = f"{found}, expected IMAGE.jpg#k<TAB>caption: correct the row, or leave it out"
@@ -117,16 +120,15 @@ class FlickrCSV(_FlickrReader):
     The header is ``image_name| comment_number| comment``. Arguments and errors are those of :class:`FlickrTokens`.
     """
 
-    def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
+    def _rows(self) -> Iterator[tuple[str, str, int | None, str]]:
         lines = read_lines(self._captions, self.problems)
         header = next(lines, None)
         if header is None or not is_pipe_header(header[1]):
             raise _no_header(header, "image_name| comment_number| comment", self._captions)
         for line, text in lines:
             columns = text.split("|", 2)
-            number = columns[1].strip() if len(columns) == 3 else ""
-            if columns[0] and number.isdecimal():
-                yield line, columns[0], int(number), columns[2].removeprefix(" ")
+            if len(columns) == 3 and columns[0] and _NUMBER.fullmatch(columns[1]):
+                yield self._line(line), columns[0], int(columns[1]), columns[2].removeprefix(" ")
             else:
                 message = (
                     f"{text[:60]!r} is not IMAGE.jpg| NUMBER| CAPTION: correct its separators, or leave the row out"
@@ -140,18 +142,64 @@ class CaptionsCSV(_FlickrReader):
     Arguments and errors are those of :class:`FlickrTokens`.
     """
 
-    def _rows(self) -> Iterator[tuple[int, str, int | None, str]]:
+    def _rows(self) -> Iterator[tuple[str, str, int | None, str]]:
         rows = read_csv(self._captions, self.problems)
         header = next(rows, None)
         if header is None or header[1] != ["image", "caption"]:
             raise _no_header(header, "image,caption", self._captions)
         for line, columns in rows:
             if len(columns) == 2 and columns[0]:
-                yield line, columns[0], None, columns[1]
+                yield self._line(line), columns[0], None, columns[1]
             else:
                 found = f"{len(columns)} columns" if columns[0] else "no image name"
                 message = f"{found}, expected image,caption: put a caption with commas in quotes, or leave the row out"
                 self.problems.add("wrong columns", self._line(line), message)
+
+
+class FlickrEntities(_FlickrReader):
+    """The captions of Flickr30k Entities: a folder with a file of captions for each image, ``Sentences/IMAGE.txt``.
+
+    A caption is the text without its annotations: of ``[/EN#283585/people Two young guys] look`` it is "Two young guys
+    look". The image id is ``IMAGE.jpg``.
+
+    Args:
+        captions: the folder, or the folder ``Sentences`` in it.
+        images: folder of the image files.
+        split: as for :class:`FlickrTokens`: "train" is the file ``train.txt`` beside ``Sentences``.
+        options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
+
+    Raises:
+        FileNotFoundError: if there is no folder ``Sentences``, no folder of images, or no such split.
+        ValueError: for an option out of range.
+    """
+
+    def __init__(
+        self,
+        captions: str | Path,
+        images: str | Path | None = None,
+        split: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        ImageCaptionReader.__init__(self, **options)
+        found = entities_folder(Path(captions))
+        if found is None:
+            raise FileNotFoundError(f"{captions} has no folder Sentences with .txt files: give that of the captions")
+        self._captions, self._images, self.name = found, image_folder(images), str(captions)
+        self._split = None if split is None else _find_split(split, self._captions)
+
+    def _rows(self) -> Iterator[tuple[str, str, int | None, str]]:
+        for path in sorted(self._captions.glob("*.txt")):
+            if not path.stat().st_size:
+                self.problems.add("no caption", str(path), "the file is empty: add a caption, or remove it")
+                continue
+            for line, text in read_lines(path, self.problems):
+                yield f"{path}, line {line}", f"{path.stem}.jpg", None, _PHRASE.sub(r"\1", text)
+
+
+def entities_folder(folder: Path) -> Path | None:
+    """The folder ``Sentences`` of a folder of Flickr30k Entities; None if there is none."""
+    inside = folder if folder.name == "Sentences" else folder / "Sentences"
+    return inside if next(inside.glob("*.txt"), None) is not None else None
 
 
 def is_token_row(line: str) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from st_kdmcse.data.json_files import json_items
 from st_kdmcse.data.readers.base import CaptionedImage
-from st_kdmcse.data.readers.parsing import CaptionFileReader, json_items
+from st_kdmcse.data.readers.parsing import CaptionFileReader
 
 _LAYOUT = '{"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a caption"}, ...]}, ...]}'
 

@@ -8,20 +8,30 @@ from typing import Any
 
 import ijson
 
+from st_kdmcse.data.json_files import json_errors, open_json
 from st_kdmcse.data.readers.base import ImageCaptionReader
 from st_kdmcse.data.readers.coco import Coco, coco_splits
-from st_kdmcse.data.readers.flickr import CaptionsCSV, FlickrCSV, FlickrTokens, is_pipe_header, is_token_row
+from st_kdmcse.data.readers.flickr import (
+    CaptionsCSV,
+    FlickrCSV,
+    FlickrEntities,
+    FlickrTokens,
+    entities_folder,
+    is_pipe_header,
+    is_token_row,
+)
 from st_kdmcse.data.readers.hub import HubDataset, is_hub_folder
 from st_kdmcse.data.readers.karpathy import Karpathy
-from st_kdmcse.data.readers.parsing import existing_file, image_folder, json_error, open_json
+from st_kdmcse.data.readers.parsing import existing_file, image_folder
 from st_kdmcse.data.readers.table import CaptionTable
-from st_kdmcse.data.readers.web import WebDataset, is_shard_pattern
+from st_kdmcse.data.readers.web import WebDataset, folder_shards, is_shard_pattern
 from st_kdmcse.files import is_parquet
 
 _READERS: dict[str, type[ImageCaptionReader]] = {
     "flickr-tokens": FlickrTokens,
     "flickr-csv": FlickrCSV,
     "captions-csv": CaptionsCSV,
+    "flickr-entities": FlickrEntities,
     "karpathy": Karpathy,
     "coco": Coco,
     "webdataset": WebDataset,
@@ -30,15 +40,17 @@ _READERS: dict[str, type[ImageCaptionReader]] = {
 }
 
 _IMAGES_AND_SPLIT = {"images": "images", "split": "split"}
+_COLUMNS = {"image_column": "image_column", "caption_column": "caption_column"}
 _OPTIONS: dict[str, dict[str, str]] = {
     "flickr-tokens": _IMAGES_AND_SPLIT,
     "flickr-csv": _IMAGES_AND_SPLIT,
     "captions-csv": _IMAGES_AND_SPLIT,
+    "flickr-entities": _IMAGES_AND_SPLIT,
     "karpathy": _IMAGES_AND_SPLIT,
     "coco": _IMAGES_AND_SPLIT,
     "webdataset": {"caption_column": "caption_key"},
-    "table": {"images": "images", "image_column": "image_column", "caption_column": "caption_column"},
-    "hub": {"split": "split", "image_column": "image_column", "caption_column": "caption_column"},
+    "table": _IMAGES_AND_SPLIT | _COLUMNS,
+    "hub": _IMAGES_AND_SPLIT | _COLUMNS,
 }
 """Which options of :func:`open_captions` each format has, and what its reader calls them."""
 
@@ -62,10 +74,10 @@ def open_captions(
 
     Args:
         captions: the file with the captions; for webdataset a shard, several, a folder of them or a pattern; for COCO
-            also its folder; for "hub" a name or a folder.
-        images: folder of the image files; not for webdataset and "hub", which bring them.
+            also its folder; for "flickr-entities" a folder; for "hub" a name or a folder.
+        images: folder of the image files, outside of which none is read; not for webdataset, which brings them.
         format: "auto" or one of :data:`FORMATS`; "auto" looks at the name and the content.
-        split: such as "train"; not for webdataset and tables.
+        split: such as "train"; of a table, a value in its column ``split``; not for webdataset.
         image_column: column of images; only for tables and "hub".
         caption_column: column of captions; only for tables, "hub", and webdataset, where it is a key of the ``.json``.
         options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
@@ -122,9 +134,16 @@ def _recognise_folder(folder: Path) -> str:
         return "webdataset"
     if coco_splits(folder):
         return "coco"
+    if entities_folder(folder) is not None:
+        return "flickr-entities"
+    if folder_shards(folder):
+        return "webdataset"
     if is_hub_folder(folder):
         return "hub"
-    raise ValueError(f"{folder} has no .tar, no annotations/captions_*.json and no parquet files: give {_EXPECTED}")
+    raise ValueError(
+        f"{folder} has no .tar, no annotations/captions_*.json, no Sentences/*.txt, no images with a .txt or .json "
+        f"each and no parquet files: give {_EXPECTED}"
+    )
 
 
 def _recognise_file(path: Path) -> str:
@@ -134,6 +153,8 @@ def _recognise_file(path: Path) -> str:
         return "table"
     if path.suffix.lower() == ".json":
         return _recognise_json(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return "table"
     line = _first_line(path)
     if is_token_row(line):
         return "flickr-tokens"
@@ -149,16 +170,19 @@ def _recognise_file(path: Path) -> str:
 
 
 def _recognise_json(path: Path) -> str:
-    with open_json(path) as file:
-        try:
-            for prefix, _, _ in ijson.parse(file):
-                if prefix == "images.item.sentences":
-                    return "karpathy"
-                if prefix in ("images.item.file_name", "annotations"):
-                    return "coco"
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise json_error(path, error) from error
-    raise ValueError(f"{path} has neither COCO's annotations nor Karpathy's sentences; give {_EXPECTED}")
+    with json_errors(path), open_json(path) as file:
+        objects = 0
+        for prefix, event, _ in ijson.parse(file, multiple_values=True):
+            if prefix == "images.item.sentences":
+                return "karpathy"
+            if prefix in ("images.item.file_name", "annotations"):
+                return "coco"
+            objects += prefix == "" and event == "start_map"
+            if objects > 1 or (prefix == "item" and event == "start_map"):  # one object a line, or a list of them
+                return "table"
+    raise ValueError(
+        f"{path} has neither COCO's annotations nor Karpathy's sentences, and is no list of objects; give {_EXPECTED}"
+    )
 
 
 def _first_line(path: Path) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import re
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import ijson
-
+from st_kdmcse.data.lines import named_errors, refuse_foreign, split_lines
 from st_kdmcse.data.readers.base import ImageCaptionReader, Problems
+from st_kdmcse.data.tables import csv_problem, csv_reader
+from st_kdmcse.files import is_gzip
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -43,10 +45,6 @@ class CaptionFileReader(ImageCaptionReader):
     def num_images(self) -> int:
         """Number of images with captions, before bad files are left out; the first use reads the captions."""
         return self._count()
-
-    def _image_file(self, name: str) -> Path | None:
-        """The file of an image; None without a folder of images."""
-        return None if self._images is None else self._images / name
 
 
 def existing_file(path: str | Path) -> Path:
@@ -107,64 +105,31 @@ def read_csv(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
         number, text = first
         where = f"{path}, line {number}"
         more: list[tuple[int, str]] = []
-        while (fields := _fields(text)) is None and len(more) < _MOST_LINES_OF_A_ROW:
+        while isinstance(fields := _fields(text), csv.Error) and len(more) < _MOST_LINES_OF_A_ROW:
             following = waiting.popleft() if waiting else next(lines, None)
             if following is None:
                 break
             more.append(following)
             start = _fields(following[1])
-            if start is not None and len(start) > 1 and is_image_name(start[0]):
+            if isinstance(start, list) and len(start) > 1 and is_image_name(start[0]):
                 break
             text += following[1]
-        if fields is None:
+        if isinstance(fields, csv.Error):
             waiting.extendleft(reversed(more))
-            problems.add(
-                "wrong columns", where, 'a quote (") is not closed, or goes on after its end: double or close it'
-            )
+            problems.add("wrong columns", where, csv_problem(fields))
         elif fields and _is_clean(fields, where, problems):
             yield number, fields
-
-
-def open_json(path: Path) -> BinaryIO:
-    """A file, open behind its byte order mark if it has one."""
-    file = path.open("rb")
-    if file.read(len(_BOM)) != _BOM:
-        file.seek(0)
-    return file
-
-
-def json_items(path: Path, prefix: str) -> Iterator[Any]:
-    """The elements of a list in a JSON file, one at a time.
-
-    Args:
-        path: the file.
-        prefix: where they are, as ijson spells it, such as "images.item".
-
-    Raises:
-        ValueError: if the file is not whole, valid JSON.
-    """
-    with open_json(path) as file:
-        try:
-            yield from ijson.items(file, prefix, use_float=True)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise json_error(path, error) from error
-
-
-def json_error(path: Path, error: Exception) -> ValueError:
-    """What to raise for a JSON file that ijson cannot read."""
-    reason = error.args[0] if error.args else ""
-    text = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(error)
-    first = text.strip().partition("\n")[0]
-    return ValueError(f"{path} is not whole, valid JSON in UTF-8 ({first}): if it was cut off, download it again")
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their ends. What is not UTF-8, and NUL, become halves of surrogate pairs, which UTF-8 cannot hold."""
     number = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            content = line.removeprefix(_BOM) if number == 1 else line
-            yield number, content.decode("utf-8", "surrogateescape").replace("\0", "\udc00")
+    with named_errors(path), path.open("rb") as file:
+        refuse_foreign(path, b"" if is_gzip(path) else file.peek(1))
+        content = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if is_gzip(path) else file
+        for number, line in enumerate(split_lines(path, content), start=1):
+            text = line.removeprefix(_BOM) if number == 1 else line
+            yield number, text.decode("utf-8", "surrogateescape").replace("\0", "\udc00")
     if not number:
         raise ValueError(f"{path} is empty: give the file with the captions")
 
@@ -185,9 +150,9 @@ def _is_clean(texts: list[str], where: str, problems: Problems) -> bool:
     return True
 
 
-def _fields(text: str) -> list[str] | None:
-    """The fields of one row; None if a quote is open or misplaced."""
+def _fields(text: str) -> list[str] | csv.Error:
+    """The fields of one row; the error if a quote is open or misplaced."""
     try:
-        return next(csv.reader([text], strict=True), [])
-    except csv.Error:
-        return None
+        return next(csv_reader([text]), [])
+    except csv.Error as error:
+        return error

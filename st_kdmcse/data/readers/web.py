@@ -1,9 +1,8 @@
-"""Shards in the webdataset layout, such as CC12M downloaded by img2dataset."""
+"""Shards in the webdataset layout, such as CC12M downloaded by img2dataset, in tar files or folders."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -11,27 +10,33 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from st_kdmcse.data.images import FileSlice
+from st_kdmcse.data.images import FileSlice, regular_bytes
+from st_kdmcse.data.json_files import parse_json
 from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
+from st_kdmcse.data.readers.columns import captions_in, named_columns
 from st_kdmcse.data.readers.parsing import IMAGE_SUFFIXES
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512
+_CAPTION_BYTES = 1 << 24
+_FILES_LOOKED_AT = 1000
+
+_Members = dict[str, Path | FileSlice]
 
 
 class WebDataset(ImageCaptionReader):
-    """Uncompressed ``.tar`` shards of images and captions, read in the order of their files.
+    """Uncompressed ``.tar`` shards of images and captions, or folders of the same files, read in their order.
 
     The files of a sample follow one another and have the same path up to the first point of their name, its key:
     ``000000017.jpg``, ``000000017.txt``, ``000000017.json``. The image id is the name of the shard, a slash and the
     key, ``00003/000000017``; where shards in several folders have the same name, the folders are part of it. An image
-    is a slice of the tar: its bytes are read when it is decoded.
+    is a file, or a slice of the tar: its bytes are read when it is decoded.
 
     Args:
         shards: a tar; several; a folder of them; or a pattern such as ``cc12m/{00000..00331}.tar`` or
-            ``cc12m/*.tar``.
+            ``cc12m/*.tar``. Or a folder that img2dataset wrote with ``output_format="files"``: its folders are shards.
         caption_key: "auto" takes the ``.txt``, or "caption" of the ``.json`` where there is no ``.txt``; any
-            other name is a key of the ``.json``. Its value is a text, or a list of them.
+            other name is a key of the ``.json``, or several with commas between them. A value is a text, or a list.
         options: those of :class:`~st_kdmcse.data.readers.base.ImageCaptionReader`.
 
     Raises:
@@ -49,16 +54,22 @@ class WebDataset(ImageCaptionReader):
 
     def _records(self) -> Iterator[CaptionedImage]:
         for name, path in self._shards:
+            if path.is_dir():
+                for key, files in _files_by_key(path):
+                    record = self._record(path, None, f"{name}/{key}", files)
+                    if record is not None:
+                        yield record
+                continue
             with path.open("rb") as file:
                 for key, members in self._samples(path, file):
                     record = self._record(path, file, f"{name}/{key}", members)
                     if record is not None:
                         yield record
 
-    def _samples(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    def _samples(self, path: Path, file: BinaryIO) -> Iterator[tuple[str, _Members]]:
         """Key and files, by suffix, of each sample; of a tar that is cut off, the whole ones."""
         key = ""
-        members: dict[str, tarfile.TarInfo] = {}
+        members: _Members = {}
         try:
             for member in _members(file):
                 stem, suffix = _split_name(member.name)
@@ -68,7 +79,7 @@ class WebDataset(ImageCaptionReader):
                     if members:
                         yield key, members
                     key, members = stem, {}
-                members[suffix] = member
+                members[suffix] = FileSlice(path, member.offset_data, member.size, member.name)
         except (tarfile.TarError, ValueError) as error:
             if _image_suffixes(members) and {".txt", ".json"} & set(members):
                 yield key, members
@@ -79,9 +90,7 @@ class WebDataset(ImageCaptionReader):
             if members:
                 yield key, members
 
-    def _record(
-        self, path: Path, file: BinaryIO, image_id: str, members: dict[str, tarfile.TarInfo]
-    ) -> CaptionedImage | None:
+    def _record(self, path: Path, file: BinaryIO | None, image_id: str, members: _Members) -> CaptionedImage | None:
         where = f"{path}, sample {image_id!r}"
         suffixes = _image_suffixes(members)
         if len(suffixes) != 1:
@@ -91,15 +100,18 @@ class WebDataset(ImageCaptionReader):
         captions = self._captions(file, members, where)
         if not captions:
             return None
-        image = members[suffixes[0]]
-        return CaptionedImage(image_id, FileSlice(path, image.offset_data, image.size, image.name), captions, where)
+        return CaptionedImage(image_id, members[suffixes[0]], captions, where)
 
-    def _captions(self, file: BinaryIO, members: dict[str, tarfile.TarInfo], where: str) -> tuple[str, ...]:
+    def _captions(self, file: BinaryIO | None, members: _Members, where: str) -> tuple[str, ...]:
         """The captions with text; a sample without any is a problem."""
-        if self._caption_key == "auto" and ".txt" in members:
-            found = self._text(_content(file, members[".txt"]), where)
-        elif ".json" in members:
-            found = self._value(_content(file, members[".json"]), where)
+        suffix = ".txt" if self._caption_key == "auto" and ".txt" in members else ".json"
+        if suffix in members:
+            try:
+                content = _content(file, members[suffix])
+            except ValueError as error:
+                self.problems.add("no caption", where, f"the {suffix} {error}: correct it, or leave the sample out")
+                return ()
+            found = self._text(content, where) if suffix == ".txt" else self._values(content, where)
         else:
             wanted = ".txt or .json" if self._caption_key == "auto" else ".json"
             self.problems.add("no caption", where, _sample_problem(f"no {wanted}", members))
@@ -118,20 +130,21 @@ class WebDataset(ImageCaptionReader):
             return []
         return [text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")]
 
-    def _value(self, content: bytes, where: str) -> list[Any]:
+    def _values(self, content: bytes, where: str) -> list[Any]:
         key = "caption" if self._caption_key == "auto" else self._caption_key
         try:
-            values = json.loads(content)
+            values = parse_json(content)
         except ValueError as error:
             self.problems.add(
                 "no caption", where, f"the .json is not valid JSON ({error}): correct it, or leave it out"
             )
             return []
-        if not isinstance(values, dict) or key not in values or values[key] == []:
-            keys = ", ".join(values) if isinstance(values, dict) else "none"
-            self.problems.add("no caption", where, f"the .json has no {key!r}; its keys: {keys}")
-            return []
-        return values[key] if isinstance(values[key], list) else [values[key]]
+        names = list(values) if isinstance(values, dict) else []
+        found = captions_in(*(values[name] for name in named_columns(names, key)))
+        if not found:
+            message = f"the .json has no {key!r}; its keys: {', '.join(names) or 'none'}"
+            self.problems.add("no caption", where, message)
+        return found
 
 
 def is_shard_pattern(shards: str | Path) -> bool:
@@ -151,16 +164,37 @@ def _find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     for shard in given:
         path = Path(shard)
         if path.is_dir():
-            inside = sorted(path.glob("*.tar"))
+            inside = sorted(path.glob("*.tar")) or folder_shards(path)
             if not inside:
-                raise FileNotFoundError(f"there is no .tar in the folder {path}")
+                raise FileNotFoundError(f"there is no .tar in the folder {path}, and no folder of images and captions")
             found += inside
         else:
             found += [path] if path.is_file() else _globbed(path) if _is_glob(str(shard)) else _expanded(str(shard))
-    missing = [path for path in found if not path.is_file()]
+    missing = [path for path in found if not path.is_file() and not path.is_dir()]
     if missing:
         raise FileNotFoundError(f"there is no shard {missing[0]}; {len(missing)} of {len(found)} shards are missing")
     return found
+
+
+def folder_shards(folder: Path) -> list[Path]:
+    """Folders of samples, each an image with its ``.txt`` or ``.json``: those in a folder, or the folder itself."""
+    inside = [each for each in sorted(folder.iterdir()) if each.is_dir() and _has_sample(each)]
+    return inside or ([folder] if _has_sample(folder) else [])
+
+
+def _has_sample(folder: Path) -> bool:
+    """Whether there is an image with a caption among the first files of a folder."""
+    names = {entry.name for entry in itertools.islice(os.scandir(folder), _FILES_LOOKED_AT)}
+    stems = {_split_name(name)[0] for name in names if _split_name(name)[1] in IMAGE_SUFFIXES}
+    return any(f"{stem}{suffix}" in names for stem in stems for suffix in (".txt", ".json"))
+
+
+def _files_by_key(folder: Path) -> Iterator[tuple[str, _Members]]:
+    """Key and files, by suffix, of each sample in a folder."""
+    names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+    for key, of_key in itertools.groupby(names, lambda name: _split_name(name)[0]):
+        if key:
+            yield key, {_split_name(name)[1]: folder / name for name in of_key}
 
 
 def _globbed(pattern: Path) -> list[Path]:
@@ -226,11 +260,11 @@ def _split_name(name: str) -> tuple[str, str]:
     return (folder + slash + stem, f".{suffix.lower()}") if stem and point else ("", "")
 
 
-def _image_suffixes(members: dict[str, tarfile.TarInfo]) -> list[str]:
+def _image_suffixes(members: _Members) -> list[str]:
     return [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
 
 
-def _sample_problem(what: str, members: dict[str, tarfile.TarInfo]) -> str:
+def _sample_problem(what: str, members: _Members) -> str:
     """What is wrong with the files of a sample, and the remedy."""
     return (
         f"{what} among its files ({', '.join(sorted(members))}): the files of a sample must follow one another and "
@@ -238,6 +272,14 @@ def _sample_problem(what: str, members: dict[str, tarfile.TarInfo]) -> str:
     )
 
 
-def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)
+def _content(file: BinaryIO | None, member: Path | FileSlice) -> bytes:
+    """A small file of a sample.
+
+    Raises:
+        ValueError: if it is too large for a caption, or cannot be read.
+    """
+    if isinstance(member, Path):
+        return regular_bytes(member, _CAPTION_BYTES)
+    if member.size > _CAPTION_BYTES:
+        raise ValueError(f"has {member.size:,} bytes, more than the {_CAPTION_BYTES:,} of a caption")
+    return member.read(file)

@@ -1,15 +1,20 @@
 import itertools
+import json
+import os
 import pickle
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st_kdmcse.data.images import FileSlice
-from st_kdmcse.data.readers import BadRowError, CaptionedImage, ImageCaptionReader, Problem
+from st_kdmcse.data.readers import BadRowError, CaptionedImage, ImageCaptionReader, Problem, open_captions
 
 
 class Listed(ImageCaptionReader):
@@ -205,6 +210,7 @@ def test_image_files(tmp_path, jpeg):
     sources["empty slice"] = FileSlice(tmp_path / "good.jpg", 0, 0, "x.jpg")
     sources["good bytes"], sources["empty bytes"] = jpeg(), b""
     rows = [CaptionedImage(name, source, ("a",), f"row of {name}") for name, source in sources.items()]
+    rows[4] = replace(rows[4], image_id="nul")  # the id itself may not hold one
     reader = Listed(rows, on_error="skip")
     assert ids(reader) == ["good", "good slice", "good bytes"]
     assert [(problem.kind, problem.where) for problem in reader.problems.listed] == [
@@ -238,3 +244,57 @@ def test_text_that_is_not_unicode():
 def test_readers_go_to_other_processes():
     reader = pickle.loads(pickle.dumps(Listed(rows_of(4), limit=2)))
     assert len(ids(reader)) == 2
+
+
+def test_ids_hold_no_control_characters():
+    rows = [CaptionedImage(name, None, ("a",), f"row of {name!r}") for name in ("a\0b", "a", "b\x1f", "c\td")]
+    reader = Listed(rows, on_error="skip")
+    assert ids(reader) == ["a", "c\td"]
+    assert [problem.kind for problem in reader.problems.listed] == ["control character"] * 2
+    with pytest.raises(BadRowError, match=r"row of 'a.x00b': the image id .* holds the control character '.x00'"):
+        list(Listed(rows))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "inner/../../secret.png"])
+@pytest.mark.parametrize("kind", ["token", "csv", "tsv", "json", "coco", "karpathy", "parquet"])
+def test_images_outside_of_their_folder_are_not_read(tmp_path, images, kind, name):
+    rows = [("a.jpg", "one"), (name, "two"), ("inner/../b.jpg", "three")]
+    content = {
+        "token": "".join(f"{image}#0\t{caption}\n" for image, caption in rows),
+        "csv": "image,caption\n" + "".join(f"{image},{caption}\n" for image, caption in rows),
+        "tsv": "".join(f"{image}\t{caption}\n" for image, caption in rows),
+        "json": json.dumps([{"image": image, "caption": caption} for image, caption in rows]),
+        "coco": json.dumps(
+            {
+                "images": [{"id": number, "file_name": image} for number, (image, _) in enumerate(rows)],
+                "annotations": [
+                    {"id": number, "image_id": number, "caption": caption} for number, (_, caption) in enumerate(rows)
+                ],
+            }
+        ),
+        "karpathy": json.dumps(
+            {"images": [{"filename": image, "sentences": [{"raw": caption}]} for image, caption in rows]}
+        ),
+    }
+    path = tmp_path / f"f.{'json' if kind in ('coco', 'karpathy') else kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": [image for image, _ in rows], "caption": ["one", "two", "three"]}), path)
+    else:
+        path.write_text(content[kind])
+    reader = open_captions(path, images=images, on_error="skip")
+    assert [str(record.captions[0]) for record in reader.records(check_files=False)] == ["one", "three"]
+    assert [problem.kind for problem in reader.problems.listed] == ["outside path"]
+    with pytest.raises(BadRowError, match="is outside of the folder of images .* as `images`"):
+        list(open_captions(path, images=images))
+    if name.startswith("/"):  # asked for
+        assert len(list(open_captions(path, images="/").records(check_files=False))) == 3
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, images):
+    os.mkfifo(images / "pipe.jpg")
+    (images / "endless.jpg").symlink_to("/dev/zero")
+    path = tmp_path / "f.tsv"
+    path.write_text("a.jpg\tone\npipe.jpg\ttwo\nendless.jpg\tthree\n")
+    reader = open_captions(path, images=images, on_error="skip")
+    assert ids(reader) == ["a.jpg"]
+    assert ["is no regular file" in problem.message for problem in reader.problems.listed] == [True, True]

@@ -80,7 +80,7 @@ def test_annotations_before_images(write, read):
         ([{"id": 40, "file_name": "d.jpg"}], None, "no caption", "image id 40 (d.jpg)", "has no annotation"),
         ([{"id": 10, "file_name": "d.jpg"}], None, "duplicate id", "image number 4", "image id 10 came before"),
         ([{"id": 40}], None, "wrong columns", "image number 4", "no file_name"),
-        ([{"id": "40", "file_name": "d.jpg"}], None, "wrong columns", "image number 4", "no id"),
+        ([{"id": None, "file_name": "d.jpg"}], None, "wrong columns", "image number 4", "no id"),
         (
             [{"id": 40, "file_name": "a.jpg"}],
             {"id": 4, "image_id": 40, "caption": "x"},
@@ -143,3 +143,11 @@ def test_missing_paths(annotations, tmp_path):
         Coco(tmp_path / "missing.json")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         Coco(annotations(), images=tmp_path / "no")
+
+
+def test_ids_may_be_texts(write, read):
+    content = {
+        "images": [{"id": "x1", "file_name": "a.jpg"}],
+        "annotations": [{"id": "c1", "image_id": "x1", "caption": "one"}],
+    }
+    assert read(Coco(write("captions.json", json.dumps(content)))) == ({"a.jpg": ["one"]}, [])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from st_kdmcse.data.readers import BadRowError, CaptionsCSV, FlickrCSV, FlickrTokens
+from st_kdmcse.data.readers import BadRowError, CaptionsCSV, FlickrCSV, FlickrEntities, FlickrTokens, open_captions
 
 TOKENS = "a.jpg#0\tA dog .\na.jpg#1\tA brown dog .\nb.jpg#0\tTwo cats .\nb.jpg#1\tCats .\nc.jpg#0\tA bird .\n"
 PIPES = (
@@ -235,3 +235,42 @@ def test_missing_paths(write, tmp_path, layout):
         reader(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="there is no folder .*no-images"):
         reader(write("captions", content), images=tmp_path / "no-images")
+
+
+def test_flickr30k_entities(tmp_path, write, images, read):
+    write(
+        "e/Sentences/a.txt",
+        "[/EN#283585/people Two young guys] with [/EN#0/notvisual/other shaggy hair] look .\nThree .\n",
+    )
+    write("e/Sentences/b.txt", "A dog .\n")
+    write("e/Sentences/c.txt", "")
+    write("e/train.txt", "a\n")
+    reader = open_captions(tmp_path / "e", images=images, split="train")
+    assert type(reader) is FlickrEntities
+    assert read(open_captions(tmp_path / "e", on_error="skip")) == (
+        {"a.jpg": ["Two young guys with shaggy hair look .", "Three ."], "b.jpg": ["A dog ."]},
+        [("no caption", str(tmp_path / "e/Sentences/c.txt"), "the file is empty: add a caption, or remove it")],
+    )
+    (tmp_path / "e/Sentences/c.txt").unlink()
+    assert [(each.image_id, each.image) for each in reader] == [("a.jpg", images / "a.jpg")]
+    assert list(open_captions(tmp_path / "e/Sentences", split="train").records()) != []
+    with pytest.raises(FileNotFoundError, match="images has no folder Sentences"):
+        FlickrEntities(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("f.token", "a.jpg#0\tone\na.jpg#" + "1" * 5_000 + "\ttwo\n"),
+        ("f.csv", "image_name| comment_number| comment\na.jpg| " + "1" * 5_000 + "| two\na.jpg| 0| one\n"),
+    ],
+)
+def test_a_number_of_thousands_of_digits(write, read, name, content):
+    found, ((kind, where, _),) = read(open_captions(write(name, content), on_error="skip"))
+    assert (found, kind) == ({"a.jpg": ["one"]}, "wrong columns")
+    assert where.endswith("line 2")
+
+
+def test_lists_in_cells_of_a_captions_csv(write, read):
+    path = write("captions.csv", 'image,caption\na.jpg,"[""one"", ""two""]"\n')
+    assert read(open_captions(path)) == ({"a.jpg": ["one", "two"]}, [])

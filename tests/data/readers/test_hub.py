@@ -1,10 +1,12 @@
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, NamedSplit, Value
 
 from st_kdmcse.data.images import load_image
-from st_kdmcse.data.readers import BadRowError, HubDataset
+from st_kdmcse.data.readers import BadRowError, HubDataset, open_captions
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +135,13 @@ def test_empty_lists_of_captions(tmp_path, dataset, read):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "photo"}, "has no column 'photo'; its columns: image, caption, key"),
-        ({"caption_column": "text"}, "has no column 'text'"),
+        (
+            {"image_column": "photo"},
+            "no column 'photo' or no column of captions; its columns: 'image', 'caption', 'key'",
+        ),
+        ({"caption_column": "text"}, "no column of images or no column 'text'"),
         ({"id_column": "id"}, "has no column 'id'"),
-        ({"image_column": "caption"}, "the column 'caption' is .*expected images or paths"),
+        ({"image_column": "caption", "caption_column": "key"}, "the column 'caption' is .*expected images or paths"),
     ],
 )
 def test_wrong_columns(dataset, tmp_path, options, message):
@@ -156,3 +161,58 @@ def test_subsets(stored):
     reader = HubDataset(stored, limit=2, captions_per_image=1)
     assert len(reader) == len(list(reader)) == 2
     assert all(len(record.captions) == 1 for record in reader)
+
+
+def test_several_columns_lists_in_cells_and_a_column_of_splits(tmp_path, images, read):
+    rows = {
+        "image": [str(images / f"{name}.jpg") for name in "abc"],
+        "caption_0": ["one", '["two", "three"]', "four"],
+        "caption_1": ["more", "", None],
+        "split": ["train", "val", "train"],
+    }
+    Dataset.from_dict(rows).to_parquet(tmp_path / "d" / "test-00000.parquet")
+    assert read(HubDataset(tmp_path / "d", split="test")) == (
+        {"0": ["one", "more"], "1": ["two", "three"], "2": ["four"]},
+        [],
+    )
+    train = HubDataset(tmp_path / "d", split="train")
+    assert (len(train), [record.image_id for record in train]) == (2, ["0", "2"])
+    assert next(iter(train)).where.endswith("row 0")
+    assert [each.image_id for each in HubDataset(tmp_path / "d", split="train+val")] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="no split 'dev'; its splits: test; in its column 'split': train, val"):
+        HubDataset(tmp_path / "d", split="dev")
+
+
+def test_what_datasets_cannot_read_is_one_line(tmp_path, write):
+    write("script/script.py", "import datasets\n")
+    with pytest.raises(ValueError, match="script cannot be read|no data"):
+        open_captions(tmp_path / "script", format="hub")
+    for shard, columns in enumerate((["image", "caption"], ["image", "text", "n"])):
+        (tmp_path / "unequal").mkdir(exist_ok=True)
+        pq.write_table(pa.table({name: ["x"] for name in columns}), tmp_path / "unequal" / f"{shard}.parquet")
+    with pytest.raises(ValueError, match="unequal cannot be read: .*same columns"):
+        HubDataset(tmp_path / "unequal")
+    for kept in (0.5, 0.9):
+        path = tmp_path / f"damaged{kept}" / "train.parquet"
+        path.parent.mkdir()
+        pq.write_table(pa.table({"image": [f"{n}.jpg" for n in range(1000)], "caption": ["one"] * 1000}), path)
+        content = path.read_bytes()
+        middle = len(content) // 3
+        path.write_bytes(
+            content[: int(kept * len(content))]
+            if kept < 0.9
+            else content[:middle] + bytes(200) + content[middle + 200 :]
+        )
+        with pytest.raises(ValueError, match="cannot be read: "):
+            HubDataset(path.parent)
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "inner/../../secret.jpg"])
+def test_relative_paths_stay_in_the_folder(tmp_path, images, read, name):
+    Dataset.from_dict({"image": ["images/a.jpg", name], "caption": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    found, problems = read(HubDataset(tmp_path / "saved", images=tmp_path, on_error="skip"))
+    assert found == {"0": ["one"]}
+    assert [kind for kind, *_ in problems] == ["outside path"]
+    (tmp_path / "saved" / "images").symlink_to(images)
+    found, problems = read(HubDataset(tmp_path / "saved", on_error="skip"))
+    assert (found, [kind for kind, *_ in problems]) == ({"0": ["one"]}, ["outside path"])

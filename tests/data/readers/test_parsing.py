@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from st_kdmcse.data.json_files import json_items
 from st_kdmcse.data.readers.base import BadRowError, Problems
 from st_kdmcse.data.readers.parsing import (
     existing_file,
     image_folder,
     is_image_name,
-    json_items,
     read_csv,
     read_lines,
 )
@@ -29,7 +29,7 @@ def kept(read, path):
         (b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", [(1, "one"), (2, "\ufefftwo")]),
         (b"  one \t\n", [(1, "  one \t")]),
         ("a\u2028b\x0bc\x85d\n".encode(), [(1, "a\u2028b\x0bc\x85d")]),
-        (b"a\rb\n", [(1, "a\rb")]),
+        (b"a\rb\n", [(1, "a"), (2, "b")]),
     ],
 )
 def test_lines(write, content, expected):
@@ -110,7 +110,7 @@ def test_a_quote_that_is_not_closed_swallows_nothing(write, bad, more):
     expected = [["c.jpg", "a quoted, caption" if "quoted" in more else "one"], ["d.jpg", "two"]] if more else []
     assert [fields for _, fields in rows] == [["a.jpg", "zero"], *expected]
     assert problems == [("wrong columns", f"{path}, line 2")]
-    with pytest.raises(BadRowError, match=r'f.csv, line 2: a quote \("\) is not closed'):
+    with pytest.raises(BadRowError, match=r'f.csv, line 2: a quote \("\) is opened there and not closed'):
         list(read_csv(path, Problems()))
 
 

@@ -1,5 +1,6 @@
 import csv
 import io
+import json
 import re
 
 import pyarrow as pa
@@ -114,7 +115,7 @@ def test_a_bad_row_is_named_and_shifts_nothing(write, read, suffix, header, row,
 
 def test_a_wrong_separator(write):
     path = write("t.tsv", "a.jpg,one\nb.jpg,two\n")
-    with pytest.raises(ValueError, match=r"2 x wrong columns.*line 1: 1 columns, expected 2.*separated by tabs"):
+    with pytest.raises(ValueError, match="t.tsv, line 1: 'a.jpg,one' is separated by commas, not tabs: name it .csv"):
         list(CaptionTable(path, on_error="skip"))
     with pytest.raises(ValueError, match=r"e.tsv is empty"):
         list(CaptionTable(write("e.tsv", "")))
@@ -238,3 +239,116 @@ def test_the_content_tells_what_a_file_is_not_its_name(table, tmp_path):
             ("a dog",),
             ("a cat",),
         ]
+
+
+FLICKR30K = r'''raw,sentids,split,filename,img_id
+"[""Two men, outside."", ""Two \""guys\"".""]","[0, 1]",train,a.jpg,0
+"[""A dog.""]",[2],val,b.jpg,1
+'''
+SPLIT_ROWS = [
+    {"image": "a.jpg", "captions": ["one", "two"], "split": "train", "caption_0": "one", "caption_1": "two"},
+    {"image": "b.jpg", "captions": ["three"], "split": "val", "caption_0": "three", "caption_1": ""},
+    {"image": "c.jpg", "captions": ["four"], "split": "test", "caption_0": "four", "caption_1": ""},
+]
+
+
+def test_the_published_annotations_of_flickr30k(write, images):
+    path = write("flickr_annotations_30k.csv", FLICKR30K)
+    reader = open_captions(path, images=images, split="train")
+    assert [(each.image_id, each.captions) for each in reader] == [("a.jpg", ("Two men, outside.", 'Two "guys".'))]
+    assert len(list(open_captions(path, images=images, split="train+val"))) == 2
+    with pytest.raises(ValueError, match=r"has no split 'dev' in its column 'split'; its splits: train, val"):
+        list(open_captions(path, split="dev", on_error="skip"))
+
+
+def write_split_rows(path, kind, name):
+    rows = [{key: row[key] for key in ("image", "split", *name.split(","))} for row in SPLIT_ROWS]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        cells = [[json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()] for row in rows]
+        with path.open("w", newline="") as file:
+            if kind == "csv":
+                csv.writer(file).writerows([list(rows[0]), *cells])
+            else:
+                file.writelines("\t".join(line) + "\n" for line in [list(rows[0]), *cells])
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("name", ["captions", "caption_0,caption_1"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_splits_lists_and_several_columns_in_every_format(tmp_path, images, read, kind, name, asked):
+    path = tmp_path / f"t.{kind}"
+    write_split_rows(path, kind, name)
+    options = {"images": images, "caption_column": name} if asked else {}
+    assert read(open_captions(path, **options)) == (
+        {"a.jpg": ["one", "two"], "b.jpg": ["three"], "c.jpg": ["four"]},
+        [],
+    )
+    assert read(open_captions(path, split="val+test", **options))[0] == {"b.jpg": ["three"], "c.jpg": ["four"]}
+    with pytest.raises(ValueError, match="no split 'dev' in its column"):
+        list(open_captions(path, split="dev", **options))
+
+
+def test_a_table_without_a_column_of_splits(write):
+    with pytest.raises(ValueError, match="t.csv has no column 'split'; its columns: 'image', 'caption'"):
+        list(CaptionTable(write("t.csv", "image,caption\na.jpg,one\n"), split="train"))
+
+
+def test_json_of_blip(write, images, read):
+    rows = [
+        {"image": "a.jpg", "caption": "one", "image_id": "coco_1"},
+        {"image": "a.jpg", "caption": "two", "image_id": "coco_1"},
+        {"image": "b.jpg", "caption": ["three", "four"]},
+    ]
+    expected = {"a.jpg": ["one", "two"], "b.jpg": ["three", "four"]}
+    for name, content in (
+        ("t.json", json.dumps(rows)),
+        ("t.jsonl", "\n".join(map(json.dumps, rows))),
+        ("lines.json", "\n".join(map(json.dumps, rows))),
+    ):
+        reader = open_captions(write(name, content), images=images)
+        assert type(reader) is CaptionTable
+        assert read(reader) == (expected, [])
+
+
+def test_bad_rows_of_json(write, read):
+    rows = ['{"image": "a.jpg", "caption": "one"}', "[1]", '{"image": 3, "caption": "x"}', '{"caption": "x"}']
+    more = '{"image": "b.jpg", "caption": "' + "d" * 10 + '"}'
+    for name, content, place in (
+        ("t.json", f"[{', '.join([*rows, more])}]", "item"),
+        ("t.jsonl", "\n".join([*rows, "{", more]), "line"),
+    ):
+        path = write(name, content)
+        found, problems = read(open_captions(path, on_error="skip"))
+        assert found == {"a.jpg": ["one"], "b.jpg": ["d" * 10]}
+        kinds = ["wrong columns", "no image file", "no image file", *(["wrong columns"] if place == "line" else [])]
+        assert sorted(kind for kind, *_ in problems) == sorted(kinds)
+        assert problems[0][1] == f"{path}, {place} 2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.string_view(), ["one", "two"]),
+        (pa.list_(pa.string(), 2), [["one", "two"], ["three", "four"]]),
+        (pa.list_(pa.string_view()), [["one"], ["two", "three"]]),
+        (pa.list_view(pa.string()), [["one"], ["two", "three"]]),
+    ],
+    ids=str,
+)
+def test_types_of_parquet(tmp_path, read, kind, values):
+    schema = pa.schema([("image", pa.string_view()), ("caption", kind)])
+    plain = pa.list_(pa.string()) if isinstance(values[0], list) else pa.string()
+    path = tmp_path / "t.parquet"
+    table = pa.table([pa.array(["a.jpg", "b.jpg"], pa.string_view()), pa.array(values, kind)], schema=schema)
+    try:
+        pq.write_table(table, path)
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"this pyarrow writes no {kind} instead of {plain}")
+    expected = [value if isinstance(value, list) else [value] for value in values]
+    assert list(read(CaptionTable(path))[0].values()) == expected

@@ -1,16 +1,19 @@
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from st_kdmcse.data.images import load_image
-from st_kdmcse.data.readers import BadRowError, WebDataset
+from st_kdmcse.data.readers import BadRowError, WebDataset, open_captions
 
 
 def pack(path, files, layout=tarfile.PAX_FORMAT):
@@ -282,3 +285,40 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
 
     peak(50)
     assert peak(4_000) < peak(400) + 200_000
+
+
+def test_folders_of_img2dataset(tmp_path, write, jpeg, read):
+    for shard in ("00000", "00001"):
+        for key in range(2):
+            write(f"cc/{shard}/{shard}000{key}.jpg", jpeg(key))
+            write(f"cc/{shard}/{shard}000{key}.txt", f"caption {shard} {key}\n")
+            write(f"cc/{shard}/{shard}000{key}.json", json.dumps({"caption": "not this", "alts": ["one", "two"]}))
+        pq.write_table(pa.table({"url": ["x"], "caption": ["y"]}), tmp_path / "cc" / f"{shard}.parquet")
+    reader = open_captions(tmp_path / "cc")
+    assert type(reader) is WebDataset
+    found, problems = read(reader)
+    assert found == {f"{s}/{s}000{k}": [f"caption {s} {k}"] for s in ("00000", "00001") for k in range(2)}
+    assert problems == []
+    assert next(iter(reader)).image == tmp_path / "cc/00000/000000000.jpg"
+    assert list(read(open_captions(tmp_path / "cc/00001", caption_column="alts"))[0].values()) == [["one", "two"]] * 2
+    os.mkfifo(tmp_path / "cc/00000/000000002.txt")
+    write("cc/00000/000000002.jpg", jpeg())
+    _, ((kind, _, message),) = read(open_captions(tmp_path / "cc", on_error="skip"))
+    assert (kind, message[:26]) == ("no caption", "the .txt is no regular fil")
+
+
+def test_a_deeply_nested_json_costs_its_sample(tmp_path, jpeg, read):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (
+            ("0.jpg", jpeg()),
+            ("0.json", b'{"caption": ' + b"[" * 100_000),
+            ("1.jpg", jpeg()),
+            ("1.json", b'{"caption": "[\\"one\\", \\"two\\"]", "n": 1}'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found, ((kind, _, message),) = read(WebDataset(path, on_error="skip"))
+    assert (found, kind) == ({"a/1": ["one", "two"]}, "no caption")
+    assert "nested more than" in message
