@@ -214,7 +214,7 @@ def test_manifests_that_lie_are_refused(saved, student):
     assert len(SemanticIndex.load(saved, student)) == 60
 
 
-@pytest.mark.parametrize("name", ["\0", "\ud800", "./" + "m" * 5000])
+@pytest.mark.parametrize("name", ["\0", "./" + "m" * 5000], ids=["NUL", "long"])
 def test_a_manifest_that_names_an_impossible_model_is_refused(saved, name):
     alter_manifest(saved, model=read_manifest(saved)["model"] | {"name": name})
     with pytest.raises((ValueError, OSError)):
