@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ class friendly_errors:  # noqa: N801 - a context manager, named like one
         if isinstance(error, KeyboardInterrupt):
             click.echo(f"\n{with_flags(str(error)) or self._after_interrupt}", err=True)
             sys.exit(130)
-        if isinstance(error, ValueError | OSError | ImportError):
+        if isinstance(error, ValueError | OSError | ImportError | sqlite3.Error):
             remedy = "; --on-error skip leaves bad rows out, and lists them" if isinstance(error, BadRowError) else ""
             click.echo(f"error: {with_flags(str(error))}{remedy}", err=True)
             sys.exit(2)
