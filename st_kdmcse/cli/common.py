@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sqlite3
 import sys
 import traceback
 from collections.abc import Callable
@@ -148,7 +149,7 @@ class friendly_errors:  # noqa: N801 - a context manager, named like one
         if isinstance(error, KeyboardInterrupt):
             click.echo(f"\n{with_flags(str(error)) or self._after_interrupt}", err=True)
             sys.exit(130)
-        if isinstance(error, ValueError | OSError | ImportError):
+        if isinstance(error, ValueError | OSError | ImportError | sqlite3.Error):
             if shows_tracebacks():
                 click.echo("".join(traceback.format_exception(error)), err=True)
             remedy = "; --on-error skip leaves bad rows out, and lists them" if isinstance(error, BadRowError) else ""

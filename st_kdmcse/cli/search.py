@@ -230,6 +230,8 @@ def _results(
 
 def _prompt(opened: SemanticIndex, k: int, where: Filter | None, as_json: bool) -> None:
     """Search for what is typed, until there is no more."""
+    if sys.stdin is None:
+        raise ValueError("there is no input to read queries from: give a query")
     with suppress(ImportError):
         import readline  # noqa: F401 - gives input() its history and editing
     typed = sys.stdin.isatty()

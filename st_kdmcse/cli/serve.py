@@ -27,9 +27,12 @@ _DEFAULT = Limits()
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 takes a free one."
 )
-@click.option("--max-k", type=int, default=_DEFAULT.results, show_default=True, help="Maximum number of results.")
+@click.option(
+    "--max-k", "results", type=int, default=_DEFAULT.results, show_default=True, help="Maximum number of results."
+)
 @click.option(
     "--max-query",
+    "query_characters",
     type=int,
     default=_DEFAULT.query_characters,
     show_default=True,
@@ -37,6 +40,7 @@ _DEFAULT = Limits()
 )
 @click.option(
     "--rate",
+    "requests_per_minute",
     type=int,
     default=_DEFAULT.requests_per_minute,
     show_default=True,
@@ -49,9 +53,9 @@ def serve(
     image_column: str,
     host: str,
     port: int,
-    max_k: int,
-    max_query: int,
-    rate: int,
+    results: int,
+    query_characters: int,
+    requests_per_minute: int,
 ) -> None:
     """Serve a web page that searches the index DIR (a folder, or the address of a Milvus collection), until Ctrl-C.
 
@@ -63,7 +67,7 @@ def serve(
     """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
     with friendly_errors():
-        limits = Limits(query_characters=max_query, results=max_k, requests_per_minute=rate)
+        limits = Limits(query_characters, results, requests_per_minute)
         with listen(host, port) as listener:
             hosts = (*LOCAL_HOSTS, host) if is_local(listener) else None
             index = SemanticIndex.open(address, model)

@@ -212,6 +212,8 @@ def _plain(name: str, value: Any) -> str | int | float | bool:
 
 
 def _check_metadata(metadata: Metadata, where: str) -> None:
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"{where}: the metadata are {metadata!r}, expected names and values, or {{}}")
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
             raise ValueError(f"{where}: metadata {name!r}: {value!r} is not a text, a number or a truth value")

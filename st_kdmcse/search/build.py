@@ -29,7 +29,7 @@ from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
 from st_kdmcse.search.model_check import model_header
 from st_kdmcse.search.records import TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex
-from st_kdmcse.search.storage import check_free, is_index, write_index
+from st_kdmcse.search.storage import check_free, is_index, write_index, writing
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import check_recall_target
 
@@ -39,6 +39,7 @@ BLOCK_ROWS = 4096
 """Records that are encoded, and saved, at a time."""
 
 _RUN, _TABLE = "run.json", "rows.sqlite"
+_FULL = "what was encoded is kept there: free space and repeat, or delete that folder"
 
 
 def build_index(
@@ -88,6 +89,9 @@ def build_index(
         ImportError: without FAISS; names the extra.
     """
     path = Path(path)
+    path = path if path.name.strip(".") else path.resolve()
+    if not path.name:
+        raise ValueError(f"{path} cannot be an index: name a folder in it")
     check_recall_target(recall_target)
     unfinished = path.with_name(f"{path.name}.parts")
     if is_index(path) and (unfinished / _RUN).is_file():  # killed after the last step
@@ -147,8 +151,9 @@ class _Parts:
             **({"precision": precision} if precision else {}),
         }
         with locked(path):
-            claim(path / _RUN, run, "delete that folder to begin again, or choose another output")
-            parts = cls(path, dim, block_rows)
+            with writing(path, _FULL):
+                claim(path / _RUN, run, "delete that folder to begin again, or choose another output")
+                parts = cls(path, dim, block_rows)
             try:
                 yield parts
             finally:
@@ -177,14 +182,16 @@ class _Parts:
     def write(self, number: int, records: Sequence[TextRecord], embeddings: Matrix) -> None:
         """Save a part; it is there, whole, when this returns."""
         array = self._file(number, "npy")
-        with atomic_file(array, "wb") as file:
-            np.save(file, unit_rows(embeddings, lambda row: f"record {records[row].id!r}"))
-        note = {"records": _digest(records), "sha256": sha256_file(array)}
-        write_json(self._file(number, "json"), {**note, "checksum": manifest_checksum(note)})
+        unit = unit_rows(embeddings, lambda row: f"record {records[row].id!r}")
+        with writing(self.path, _FULL):
+            with atomic_file(array, "wb") as file:
+                np.save(file, unit)
+            note = {"records": _digest(records), "sha256": sha256_file(array)}
+            write_json(self._file(number, "json"), {**note, "checksum": manifest_checksum(note)})
 
     def store(self, records: Sequence[TextRecord], positions: Sequence[int]) -> None:
         """Put rows into the table."""
-        with self.table.transaction():
+        with writing(self.path, _FULL), self.table.transaction():
             ids, texts = [record.id for record in records], [record.text for record in records]
             self.table.insert(positions, ids, texts, [record.metadata for record in records])
 

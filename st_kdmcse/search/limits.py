@@ -40,7 +40,7 @@ class Limits:
         for field in fields(self):
             value, least, most = getattr(self, field.name), int(field.name != "waiting"), _MOST[field.name]
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{field.name} is {value!r}, expected an integer of {least} to {most:,}")
+                raise ValueError(f"`{field.name}` is {value!r}, expected an integer of {least} to {most:,}")
 
 
 class RateLimit:

@@ -6,6 +6,7 @@ One module, because it is one class: the interface of all of search, most of it 
 from __future__ import annotations
 
 import copy
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
+from st_kdmcse.data.characters import check_unicode
 from st_kdmcse.encoding import encode_documents, encode_queries, encoding_precision
 from st_kdmcse.files import write_folder
 from st_kdmcse.precision import Precision
@@ -22,7 +24,17 @@ from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
 from st_kdmcse.search.faiss_backend import FaissBackend, try_factory
 from st_kdmcse.search.model_check import OWN_MODEL, check_model, load_expected, load_named, model_header, same_model
-from st_kdmcse.search.storage import ENCODER, check_free, is_index, read_index, read_manifest, write_index
+from st_kdmcse.search.storage import (
+    ENCODER,
+    check_encoder,
+    check_free,
+    folder_checksums,
+    is_index,
+    read_index,
+    read_manifest,
+    write_index,
+    writing,
+)
 from st_kdmcse.search.tuning import check_recall_target
 
 if TYPE_CHECKING:
@@ -283,6 +295,8 @@ class SemanticIndex:
         wanted = [queries] if isinstance(queries, str) else list(queries)
         if not wanted:
             return []
+        for row, query in enumerate(wanted):
+            check_unicode(query, f"query {row}")
         # Queries are few, and in float32 they lose half as much of the recall as both in bfloat16.
         precision: Precision = "float32" if self.precision == "auto" else self.precision
         found = self.backend.search(encode_queries(self.model, wanted, precision), k, where)
@@ -375,6 +389,7 @@ class SemanticIndex:
 
         Raises:
             ValueError: if there is no path, another index at ``path``, or another process has changed this one since.
+            OSError: if it cannot be written, such as to a full disk; what was written is removed again.
         """
         if not isinstance(self.backend, FaissBackend):
             if path is not None:
@@ -386,8 +401,15 @@ class SemanticIndex:
         same = self._path is not None and target.resolve() == self._path.resolve()
         if self._header["model"]["name"] == OWN_MODEL and not same:
             check_free(target)
-            write_folder(target / ENCODER, lambda folder: self.model.save_pretrained(str(folder)))
-        self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
+            with writing(target, "free space there, and save again"):
+                write_folder(target / ENCODER, lambda folder: self.model.save_pretrained(str(folder)))
+            self._header["encoder"] = folder_checksums(target / ENCODER)
+        try:
+            self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
+        except BaseException:
+            if not is_index(target):
+                shutil.rmtree(target / ENCODER, ignore_errors=True)
+            raise
         self._path = target
         return target
 
@@ -462,9 +484,13 @@ class SemanticIndex:
         path: Path | None = None,
     ) -> SemanticIndex:
         """An index whose header says what model it belongs to."""
+        if model is None and path is not None and header["model"]["name"] == OWN_MODEL:
+            check_encoder(path, header)
         model, name = load_expected(header, place) if model is None else load_named(model)
         check_model(model, header, place)
         index = cls(backend, model, header["model"]["name"] or name, header.get("images"), header.get("precision"))
+        if "encoder" in header:
+            index._header["encoder"] = header["encoder"]
         if path is not None:
             index._path, index._saved = path, header["checksum"]
         return index
@@ -496,6 +522,7 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
     for row, text in enumerate(listed):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"row {row}: the text is {text!r}, expected one that is not empty")
+        check_unicode(text, f"row {row}: the text")
     return listed
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import reprlib
 import shutil
+import sqlite3
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,7 +59,21 @@ _OPTIONAL: dict[str, Any] = {
         "rows": int | None,
     },
     "images": {"folder": str | None},
+    "encoder": {},
 }
+
+
+@contextmanager
+def writing(place: Path, remedy: str) -> Iterator[None]:
+    """Say what could not be written, whichever library wrote it.
+
+    Raises:
+        OSError: in the place of the errors of SQLite, FAISS and the system.
+    """
+    try:
+        yield
+    except (sqlite3.Error, RuntimeError, OSError) as error:
+        raise OSError(f"{place} could not be written ({faiss_reason(error)}): {remedy}") from error
 
 
 def is_index(path: Path) -> bool:
@@ -101,6 +117,7 @@ def write_index(
 
     Raises:
         ValueError: if another process is writing, or has changed the index since then.
+        OSError: if it cannot be written, such as to a full disk; what was written is removed again.
     """
     with locked(path):
         if expected is None:
@@ -112,32 +129,38 @@ def write_index(
             )
         folder = path / f"{_FOLDER}{uuid.uuid4().hex}"
         _remove_others(path, read_manifest(path)["folder"] if expected else "")
-        folder.mkdir()
-        faiss = load_faiss()
-        faiss.write_index(backend.index, str(folder / VECTORS))
-        backend.table.write(folder / TABLE)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            **header,
-            "dim": backend.dim,
-            "rows": len(backend),
-            "vectors": int(backend.index.ntotal),
-            "factory": backend.factory,
-            "tuning": None if backend.tuning is None else asdict(backend.tuning),
-            "folder": folder.name,
-            "files": {
-                name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-                for name in (VECTORS, TABLE)
-            },
-            "versions": versions(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        manifest["checksum"] = manifest_checksum(manifest)
-        for name in (VECTORS, TABLE):
-            sync_path(folder / name)
-        sync_path(folder)
-        write_json(path / MANIFEST, manifest)
+        try:
+            with writing(folder, "free space there, and save again"):
+                folder.mkdir()
+                faiss = load_faiss()
+                faiss.write_index(backend.index, str(folder / VECTORS))
+                backend.table.write(folder / TABLE)
+                manifest = {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    **header,
+                    "dim": backend.dim,
+                    "rows": len(backend),
+                    "vectors": int(backend.index.ntotal),
+                    "factory": backend.factory,
+                    "tuning": None if backend.tuning is None else asdict(backend.tuning),
+                    "folder": folder.name,
+                    "files": {
+                        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+                        for name in (VECTORS, TABLE)
+                    },
+                    "versions": versions(),
+                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                }
+                manifest["checksum"] = manifest_checksum(manifest)
+                for name in (VECTORS, TABLE):
+                    sync_path(folder / name)
+                sync_path(folder)
+                write_json(path / MANIFEST, manifest)
+        except BaseException:
+            if not is_index(path) or read_manifest(path)["folder"] != folder.name:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         _remove_others(path, folder.name)
         return str(manifest["checksum"])
 
@@ -154,6 +177,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"there is no index at {path}: make one with st-kdmcse index build, or SemanticIndex.build"
         )
     manifest = files.read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)
+    if isinstance(manifest.get("tuning"), dict):
+        manifest["tuning"].setdefault("rows", None)  # was not noted at first
     optional = {name: shape for name, shape in _OPTIONAL.items() if manifest.get(name) is not None}
     found = _misfit(manifest, _SHAPE | optional, "")
     if found is None and not _DATA.fullmatch(manifest["folder"]):
@@ -213,6 +238,27 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
     return FaissBackend(index, table, manifest["factory"], measured)
 
 
+def folder_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by its name from there."""
+    return {each.relative_to(folder).as_posix(): sha256_file(each) for each in folder.rglob("*") if each.is_file()}
+
+
+def check_encoder(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the model in the folder of an index with its checksums.
+
+    Raises:
+        ValueError: if a file of it is missing, altered or new; names it.
+    """
+    expected = manifest.get("encoder")
+    if expected is None:  # written before they were noted
+        return
+    found = folder_checksums(path / ENCODER)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            what = "is missing" if name not in found else "was altered or is damaged"
+            raise ValueError(f"{path / ENCODER / name} {what}: {_REMEDY}")
+
+
 def _read_vectors(file: Path) -> Any:
     try:
         return load_faiss().read_index(str(file))
@@ -223,8 +269,11 @@ def _read_vectors(file: Path) -> Any:
 def _misfit(content: Any, shape: Any, name: str) -> str | None:
     """The first part of a manifest that is not of its shape, in words."""
     if isinstance(shape, dict) and isinstance(content, dict):
-        parts = (_misfit(content.get(key), each, f"{name}.{key}" if name else key) for key, each in shape.items())
-        return next(filter(None, parts), None)
+        for key, each in shape.items():
+            part = f"{name}.{key}" if name else key
+            if found := f"{part} is missing" if key not in content else _misfit(content[key], each, part):
+                return found
+        return None
     if isinstance(shape, list):
         fits = isinstance(content, list) and all(isinstance(each, shape[0]) for each in content)
     else:

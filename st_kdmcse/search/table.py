@@ -84,7 +84,8 @@ class RowTable:
                 yield self._database
                 self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # SQLite has ended it already where a disk is full
+                    self._database.execute("ROLLBACK")
                 self._count = before
                 raise
 

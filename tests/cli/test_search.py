@@ -3,6 +3,9 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -276,6 +279,36 @@ def test_searches_that_cannot_be(tmp_path, index):
     )
     assert "'year'" in fails("search", index, "a dog", "--filter", "year")
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".xlsx"] == []
+
+
+def test_odd_input_has_an_error_of_one_line(tmp_path, index, model, monkeypatch):
+    assert "query 0 is not valid UTF-8" in fails("search", index, b"a \xff dog".decode(errors="surrogateescape"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a dog"}\n{"text": "half \\ud800"}\n')
+    error = fails("index", "build", "texts.jsonl", "--model", model, "--out", "new")
+    assert "texts.jsonl, line 2: half of a surrogate pair" in error
+    assert "texts.jsonl, line 2" in fails("index", "add", index, "texts.jsonl")
+    assert "texts.jsonl, line 2" in fails("duplicates", "texts.jsonl", "--model", model)
+    assert "texts.jsonl, line 2" in fails("search", index, "--queries", "texts.jsonl", "--out", "a.csv")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "texts.txt").write_text("a dog\nsnow\n")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here"):
+        assert run("index", "build", "../texts.txt", "--model", model, "--out", out).exit_code == 0
+        assert len(SemanticIndex.load(tmp_path / "here")) == 2
+        shutil.rmtree(tmp_path / "here" / next((tmp_path / "here").glob("data-*")).name)
+        (tmp_path / "here" / "manifest.json").unlink()
+    assert "something else in it" in fails("index", "build", "../texts.txt", "--model", model, "--out", "..")
+    assert "cannot be an index" in fails("index", "build", "../texts.txt", "--model", model, "--out", "/")
+
+
+def test_queries_without_any_input(index):
+    command = [sys.executable, "-m", "st_kdmcse", "search", str(index)]
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    done = subprocess.run(closed, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "error: there is no input to read queries from: give a query" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_interrupted_build_goes_on(tmp_path, index, articles, model, monkeypatch):

@@ -219,9 +219,9 @@ def test_what_cannot_be_served(index, tmp_path):
     assert "error: there is no host 'no such host'" in fails(index, "--host", "no such host")
     assert f"error: there is no index at {tmp_path / 'idnex'}" in fails(tmp_path / "idnex", "--port", 0)
     assert "error: there is no folder of images" in fails(index, "--port", 0, "--images", tmp_path / "imgaes")
-    assert "error: results is 0, expected an integer of 1 to 1,000" in fails(index, "--max-k", 0)
-    assert "error: query_characters is 10000" in fails(index, "--max-query", 10000)
-    assert "error: requests_per_minute is -1" in fails(index, "--rate", -1)
+    assert "error: --max-k is 0, expected an integer of 1 to 1,000" in fails(index, "--max-k", 0)
+    assert "error: --max-query is 10000" in fails(index, "--max-query", 10000)
+    assert "error: --rate is -1" in fails(index, "--rate", -1)
     assert "70000 is not in the range" in fails(index, "--port", 70000)
 
 

@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from helpers import copy_tree
 from st_kdmcse import build_student
 from st_kdmcse.files import locked, manifest_checksum, sha256_file
 from st_kdmcse.search import SemanticIndex, UnknownIdError, storage
-from st_kdmcse.search.storage import read_manifest
+from st_kdmcse.search.model_check import OWN_MODEL
+from st_kdmcse.search.storage import folder_checksums, read_manifest
 
 WORKER = Path(__file__).with_name("killed_index_worker.py")
 
@@ -95,6 +97,12 @@ def test_unusable_input_is_refused(index, student):
         (lambda: index.add(["a"], ids=["x", "y"]), "2 ids, 1 texts"),
         (lambda: index.add(["a"], ids="x"), "ids is one text"),
         (lambda: index.add(["a"], metadata=[{"a": [1]}]), "metadata 'a'"),
+        (lambda: index.add(["a"], metadata=[None]), "the metadata are None"),
+        (lambda: index.search("a dog \udcff"), "query 0 is not valid UTF-8 .at character 6."),
+        (lambda: index.add(["a", "\ud800"]), "row 1: the text is not valid UTF-8"),
+        (lambda: index.update(["0"], ["\ud800"]), "row 0: the text is not valid UTF-8"),
+        (lambda: index.add(["a"], ids=["\ud800"]), "holds the control character"),
+        (lambda: index.add(["a"], metadata=[{"a": "\ud800"}]), "holds the control character"),
         (lambda: SemanticIndex.from_embeddings(student, np.full((1, 32), np.nan), ["a"]), "zero or not finite"),
         (lambda: SemanticIndex.from_embeddings(student, np.ones((1, 5)), ["a"]), "width 5"),
         (lambda: SemanticIndex.build(student, ["a"], factory="nonsense"), "no index 'nonsense'"),
@@ -191,16 +199,16 @@ def test_manifests_that_lie_are_refused(saved, student):
         ({"folder": ".."}, "folder is '..'"),
         ({"folder": str(saved)}, "folder is "),
         ({"folder": 1}, "folder is 1"),
-        ({"files": {"vectors.faiss": {}}}, "files.vectors.faiss.bytes is None"),
+        ({"files": {"vectors.faiss": {}}}, "files.vectors.faiss.bytes is missing"),
         ({"files": []}, r"files is \[\]"),
         ({"rows": 61}, "do not belong together"),
         ({"rows": "60"}, "rows is '60'"),
         ({"rows": True}, "rows is True"),
         ({"factory": None}, "factory is None"),
-        ({"tuning": {}}, "tuning.recall is None"),
+        ({"tuning": {}}, "tuning.parameter is missing"),
         ({"tuning": "good"}, "tuning is 'good'"),
         ({"images": "/"}, "images is '/'"),
-        ({"model": {}}, "model.parameters_sha256 is None"),
+        ({"model": {}}, "model.name is missing"),
         ({"model": manifest["model"] | {"name": 7}}, "model.name is 7"),
         ({"probe": None}, "probe is None"),
         ({"probe": manifest["probe"] | {"embedding": [1.0]}}, "probe.embedding has 1 numbers"),
@@ -299,6 +307,44 @@ def test_an_open_index_outlives_its_files(saved, student, sentences):
     assert reader.search(sentences[0], k=1)[0].id == "0"
     reader.add(["a dog"])
     assert len(reader) == 61
+
+
+def damaged(content):
+    middle = len(content) // 2
+    yield b""
+    yield content[:middle]
+    yield content[: len(content) - 1]
+    for place in (0, middle, len(content) - 1):
+        yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_a_damaged_file_is_refused_whichever_it_is(student, sentences, tmp_path):
+    """Of an index that has its own model, every file; what loads is as good as before."""
+    index = SemanticIndex(SemanticIndex.build(student, sentences[:20]).backend, student, OWN_MODEL)
+    index.save(tmp_path / "index")
+    expected = index.search(sentences[:3])
+    files = [file for file in (tmp_path / "index").rglob("*") if file.is_file() and file.name != "lock"]
+    assert {file.name for file in files} > {"manifest.json", "vectors.faiss", "rows.sqlite", "model.safetensors"}
+    for file in files:
+        content = file.read_bytes()
+        for damage in damaged(content):
+            if damage.strip() != content.strip():
+                file.write_bytes(damage)
+                with pytest.raises(ValueError, match=re.escape(file.name)):
+                    SemanticIndex.load(tmp_path / "index")
+        file.unlink()
+        with pytest.raises((ValueError, FileNotFoundError)):
+            SemanticIndex.load(tmp_path / "index")
+        file.write_bytes(content)
+    (tmp_path / "index" / "encoder" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        SemanticIndex.load(tmp_path / "index")
+    (tmp_path / "index" / "encoder" / "adapter_config.json").unlink()
+    loaded = SemanticIndex.load(tmp_path / "index")
+    assert loaded.search(sentences[:3]) == expected
+    loaded.remove(["0"])
+    loaded.save()
+    assert read_manifest(tmp_path / "index")["encoder"] == folder_checksums(tmp_path / "index" / "encoder")
 
 
 def test_killed_while_adding_or_saving_the_index_is_whole(tiny_bert, tmp_path):

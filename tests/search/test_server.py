@@ -189,7 +189,7 @@ def test_a_small_limit_is_the_default_number_of_results(index):
     ],
 )
 def test_limits_are_checked(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*, expected an integer of"):
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is .*, expected an integer of"):
         Limits(**wrong)
 
 
