@@ -257,7 +257,7 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it holds no JSON object): {remedy}")

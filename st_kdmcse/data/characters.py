@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+CONTROL_CHARACTERS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+"""All but tabs and the ends of lines, as a regular expression."""
+
+_CONTROL = re.compile(CONTROL_CHARACTERS)
 
 
 def control_character(value: object) -> str | None:

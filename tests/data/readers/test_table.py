@@ -241,10 +241,10 @@ def test_the_content_tells_what_a_file_is_not_its_name(table, tmp_path):
         ]
 
 
-FLICKR30K = r'''raw,sentids,split,filename,img_id
+FLICKR30K = r"""raw,sentids,split,filename,img_id
 "[""Two men, outside."", ""Two \""guys\"".""]","[0, 1]",train,a.jpg,0
 "[""A dog.""]",[2],val,b.jpg,1
-'''
+"""
 SPLIT_ROWS = [
     {"image": "a.jpg", "captions": ["one", "two"], "split": "train", "caption_0": "one", "caption_1": "two"},
     {"image": "b.jpg", "captions": ["three"], "split": "val", "caption_0": "three", "caption_1": ""},
