@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+CONTROL_CHARACTERS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+"""All but tabs and the ends of lines, as a regular expression."""
+
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_CONTROL = re.compile(f"{CONTROL_CHARACTERS}|{_SURROGATE.pattern}")
 
 
 def control_character(value: object) -> str | None:

@@ -21,6 +21,7 @@ STATISTICS = "statistics.json"
 SCHEMA = pa.schema(
     [("image", pa.string()), ("caption", pa.string()), ("image_row", pa.int64()), ("text_row", pa.int64())]
 )
+NOT_FINITE = "NaN or infinite values; compute these features again, or leave them out"
 ROWS_PER_BATCH = 65_536
 ROWS_PER_CHUNK = 16_384
 # Norms of float16 and bfloat16 unit vectors stray from 1 by less than this: their rounding errors average out.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -28,7 +29,42 @@ from st_kdmcse.files import read_manifest
 def read_store_manifest(folder: Path) -> dict[str, Any] | None:
     """The checked content of the manifest; None for a folder without one."""
     path = folder / MANIFEST
-    return read_manifest(path, FORMAT, VERSION, "copy or write the store again") if path.exists() else None
+    if not path.exists():
+        return None
+    manifest = read_manifest(path, FORMAT, VERSION, _REMEDY)
+    for name, (fits, expected) in _FIELDS.items():
+        if not fits(manifest.get(name, _OPTIONAL.get(name))):
+            raise ValueError(f"{path} says {name} = {manifest.get(name)!r}, expected {expected}: {_REMEDY}")
+    return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_files(value: Any) -> bool:
+    """Whether a value describes the files of a store, and no file elsewhere."""
+    return (
+        isinstance(value, dict)
+        and set(value) in ({IMAGES, TEXTS, ARROW}, {IMAGES, TEXTS, CSV})
+        and all(isinstance(entry, dict) and _is_count(entry.get("bytes")) for entry in value.values())
+        and all(re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) for entry in value.values())
+    )
+
+
+_REMEDY = "copy or write the store again"
+_OPTIONAL = {"shared_space": True, "source": {}}
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "teacher": (lambda value: isinstance(value, str), "a text"),
+    "dim": (_is_count, "a whole number"),
+    "dtype": (lambda value: isinstance(value, str), "a text"),
+    "normalized": (lambda value: isinstance(value, bool), "true or false"),
+    "shared_space": (lambda value: isinstance(value, bool), "true or false"),
+    "source": (lambda value: isinstance(value, dict), "an object"),
+    "images": (_is_count, "a whole number"),
+    "rows": (_is_count, "a whole number"),
+    "files": (_is_files, f"bytes and sha256 of {IMAGES}, {TEXTS} and {ARROW} (or {CSV}), and of no other file"),
+}
 
 
 def table_name(folder: Path, manifest: Mapping[str, Any] | None) -> str:
@@ -78,6 +114,7 @@ def open_table(path: Path) -> pa.Table:
             )
         else:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        table.validate()
         names = table.column_names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged or is not a table of captions ({error})") from error
@@ -88,4 +125,17 @@ def open_table(path: Path) -> pa.Table:
             raise ValueError(f"{path}: the column {field.name!r} has missing values; fill them in, or leave them out")
     if not table.num_rows:
         raise ValueError(f"{path} has no rows: write the store again")
+    for name in ("image", "caption"):
+        if not all(map(_ends_in_order, table.column(name).chunks)):
+            raise ValueError(f"{path} is damaged: texts of the column {name!r} lie outside of it; copy it again")
     return table
+
+
+def _ends_in_order(texts: pa.StringArray) -> bool:
+    """Whether each text of an Arrow array lies within its bytes: reading another one would end the process."""
+    _, offsets, content = texts.buffers()
+    if not len(texts):
+        return True
+    ends = np.frombuffer(offsets, np.int32, len(texts) + 1, texts.offset * 4)
+    size = 0 if content is None else content.size
+    return bool(ends[0] >= 0 and ends[-1] <= size and (ends[1:] >= ends[:-1]).all())

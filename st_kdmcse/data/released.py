@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ijson
 import numpy as np
 
+from st_kdmcse.data.json_files import json_errors, open_json
 from st_kdmcse.data.layout import FeatureDtype
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.data.writer import FeatureStoreWriter
-from st_kdmcse.files import byte_progress
+from st_kdmcse.files import byte_progress, foreign_content, is_gzip
 
 _LAYOUT = (
     '{"image.jpg": {"image_feat": [T numbers], "captions": [k strings], "lang_feat": [k lists of T numbers]}, ...}'
@@ -51,11 +52,16 @@ def import_released_json(
     json_path = Path(json_path)
     if not json_path.is_file():
         raise FileNotFoundError(f"there is no file {json_path}: give a feature file in the layout {_LAYOUT}")
-    with (
-        json_path.open("rb") as file,
-        byte_progress(json_path.stat().st_size, f"Importing {json_path.name}", show_progress_bar) as progress,
-    ):
-        records = _records(file, json_path, lambda position: progress.update(position - progress.n))
+    with json_path.open("rb") as file:
+        found = None if is_gzip(json_path) else foreign_content(file.peek(1))
+    if found is not None:
+        raise ValueError(
+            f"{json_path} is {found}, expected JSON {_LAYOUT}: load it with the library that wrote it, and make a "
+            "feature store of its arrays with FeatureStore.from_arrays"
+        )
+    size = json_path.stat().st_size
+    with byte_progress(size, f"Importing {json_path.name}", show_progress_bar) as progress:
+        records = _records(json_path, progress.update)
         first = next(records, None)
         if first is None:
             raise ValueError(f"{json_path} holds no images, expected an object {_LAYOUT}")
@@ -68,22 +74,18 @@ def import_released_json(
     return FeatureStore.open(store_path)
 
 
-def _records(
-    file: BinaryIO, path: Path, on_position: Callable[[int], object]
-) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _records(path: Path, on_bytes: Callable[[int], object]) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Position (from 1), id and checked record of each image."""
     position = 0
     image_id = None
-    try:
+
+    def after() -> str:
+        return f", after image number {position} ({image_id!r})" if position else ", at the first image"
+
+    with json_errors(path, after), open_json(path, on_bytes) as file:
         for position, (image_id, record) in enumerate(ijson.kvitems(file, "", use_float=True), start=1):
             _check(record, f"{path}, image number {position}: image {image_id!r}")
-            on_position(file.tell())
             yield position, image_id, record
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        after = f"after image number {position} ({image_id!r})" if position else "at the first image"
-        raise ValueError(
-            f"{path} is not whole, valid JSON: {str(error).strip()!r} {after}; if it was cut off, download it again"
-        ) from error
 
 
 def _check(record: Any, name: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_kdmcse.data.layout import Array, RowNumbers
+from st_kdmcse.data.layout import IMAGES, NOT_FINITE, TEXTS, Array, RowNumbers
 from st_kdmcse.data.store import FeatureStore
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,9 @@ class ResidentFeatures:
     Args:
         store: the features.
         device: where to.
+
+    Raises:
+        ValueError: if features are not finite; names the file and the row.
     """
 
     def __init__(self, store: FeatureStore, device: torch.device) -> None:
@@ -29,6 +32,10 @@ class ResidentFeatures:
         self._images, self._texts, self._image_rows, self._text_rows = (
             torch.from_numpy(np.array(array)).to(device) for array in _arrays(store)
         )
+        for name, features in ((IMAGES, self._images), (TEXTS, self._texts)):
+            if not features.isfinite().all():
+                bad = int((~features.isfinite().all(dim=1)).nonzero()[0])
+                raise ValueError(f"{store.path / name}, row {bad}: {NOT_FINITE}")
 
     @classmethod
     def fitting(cls, store: FeatureStore, device: torch.device) -> ResidentFeatures | None:

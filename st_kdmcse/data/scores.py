@@ -127,8 +127,8 @@ def sampled_cosines(store: FeatureStore, first: RowNumbers, second: RowNumbers) 
         first: a row of each image, see :func:`draw_captions`.
         second: another row of some of the images.
     """
-    texts, images, image_rows = unit_features(store, first)
-    other_texts, _, other_rows = unit_features(store, second)
+    texts, images, image_rows = unit_features(store, first, skip_damaged=True)
+    other_texts, _, other_rows = unit_features(store, second, skip_damaged=True)
     _, here, there = np.intersect1d(image_rows, other_rows, assume_unique=True, return_indices=True)
     cosines = texts @ images.T
     own, others = np.diagonal(cosines), ~np.eye(len(cosines), dtype=bool)
@@ -182,19 +182,23 @@ def draw_images(store: FeatureStore, max_images: int, seed: int) -> RowNumbers:
     return np.random.default_rng(seed).choice(images, max_images, replace=False)
 
 
-def unit_features(store: FeatureStore, rows: RowNumbers) -> tuple[Array, Array, RowNumbers]:
-    """Features of captions and of their images in float64, of length 1, without the rows that hold NaN.
+def unit_features(store: FeatureStore, rows: RowNumbers, skip_damaged: bool = False) -> tuple[Array, Array, RowNumbers]:
+    """Features of captions and of their images in float64, of length 1.
 
     Args:
         store: the teacher features.
         rows: n row numbers.
+        skip_damaged: leave out rows that hold NaN or infinite values.
 
     Returns:
-        (m, T) of the texts, (m, T) of the images, and the m image rows.
+        (m, T) of the texts, (m, T) of the images, and the m image rows; m is n if none is left out.
+
+    Raises:
+        ValueError: if features are not finite, unless they are left out; names the row.
     """
     if not rows.size:
         return np.empty((0, store.dim)), np.empty((0, store.dim)), rows
-    batch = store.gather(rows)
+    batch = store.gather_unchecked(rows) if skip_damaged else store.gather(rows)
     finite = np.isfinite(batch.text_features).all(axis=1) & np.isfinite(batch.image_features).all(axis=1)
     texts, images = (unit_rows(each[finite], np.float64) for each in (batch.text_features, batch.image_features))
     return texts, images, batch.image_rows[finite]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +23,6 @@ _IN_MEMORY_BYTES = 1 << 26
 _CHUNK_ROWS = 1 << 16
 _CHUNK_CHARACTERS = 1 << 24
 _CACHE_VERSION = 2  # counted up when the same file would give other sentences
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_sentences(
@@ -44,7 +42,8 @@ def read_sentences(
 
     Text of up to 64 MiB is held in memory. Anything else is read once, in chunks, into a memory-mapped Arrow file in
     ``cache_dir``: memory does not grow with the file. The Arrow file takes about as much disk as the text. Later runs
-    find it by the SHA-256 of the source. Delete it whenever no dataset uses it; a damaged one is written again.
+    find it by the SHA-256 of the source, and read it if it has its own. Delete it whenever no dataset uses it; a
+    damaged one is written again.
 
     Args:
         path: the file.
@@ -163,13 +162,12 @@ def _batches(sentences: Iterator[str], schema: pa.Schema) -> Iterator[pa.RecordB
 
 
 def _open_cached(cached: Path, schema: pa.Schema) -> Dataset | None:
-    """The cached sentences; None if there are none, or if what is there is cut off or something else."""
+    """The cached sentences; None if there are none, or if what is there is damaged or something else."""
     try:
-        with cached.open("rb") as file:
-            file.seek(-len(_END_OF_STREAM), os.SEEK_END)
-            if file.read() != _END_OF_STREAM:  # cut off between two batches, a stream reads well
+        with _checksum_file(cached).open(encoding="ascii", errors="replace") as file:
+            if file.read() != sha256_file(cached):
                 return None
-        with pa.memory_map(str(cached)) as file, pa.ipc.open_stream(file) as stream:
+        with pa.memory_map(str(cached)) as source, pa.ipc.open_stream(source) as stream:
             if not stream.schema.equals(schema, check_metadata=True):
                 return None
         return Dataset.from_file(str(cached))
@@ -177,11 +175,17 @@ def _open_cached(cached: Path, schema: pa.Schema) -> Dataset | None:
         return None
 
 
+def _checksum_file(cached: Path) -> Path:
+    return cached.with_suffix(".sha256")
+
+
 def _write_cached(cached: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
     try:
         with atomic_file(cached, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
+        with atomic_file(_checksum_file(cached)) as file:
+            file.write(sha256_file(cached))
     except OSError as error:
         raise ValueError(
             f"the sentences cannot be written to the cache {cached.parent} ({error}): give another `cache_dir`, or set "

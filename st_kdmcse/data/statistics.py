@@ -13,12 +13,12 @@ from st_kdmcse.config import SCORE_KINDS
 from st_kdmcse.data.layout import STATISTICS, RowNumbers
 from st_kdmcse.data.scores import draw_captions, unit_features
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.files import read_json, write_json
+from st_kdmcse.files import manifest_checksum, read_json, write_json
 from st_kdmcse.functional import ScoreStatistics, score_statistics
 
 logger = logging.getLogger(__name__)
 
-_FORMAT, _VERSION = "st_kdmcse.score_statistics", 1
+_FORMAT, _VERSION = "st_kdmcse.score_statistics", 2
 
 
 def store_statistics(
@@ -55,6 +55,8 @@ def store_statistics(
     try:
         kept = read_json(path, "it is computed again")
         if {name: kept.get(name) for name in key} == key:
+            if kept.get("checksum") != manifest_checksum(kept):
+                raise ValueError(f"{path} was edited or damaged: it is computed again")
             return _parsed(path, kept)
     except FileNotFoundError:
         pass
@@ -62,7 +64,8 @@ def store_statistics(
         logger.warning("%s", error)
     statistics = _computed(store, pairs, max_images, seed)
     try:
-        write_json(path, {**key, **{name: value.tolist() for name, value in statistics._asdict().items()}})
+        content = {**key, **{name: value.tolist() for name, value in statistics._asdict().items()}}
+        write_json(path, {**content, "checksum": manifest_checksum(content)})
     except OSError as error:
         logger.info("the statistics of %s are not kept: %s", store.path, error)
     return statistics

@@ -19,6 +19,7 @@ from st_kdmcse.data.layout import (
     FORMAT,
     IMAGES,
     MANIFEST,
+    NOT_FINITE,
     ROWS_PER_CHUNK,
     SCHEMA,
     TEXTS,
@@ -269,8 +270,19 @@ class FeatureStore:
                 or a torch tensor on the CPU.
 
         Raises:
-            ValueError: if ``rows`` is not one-dimensional, or a row is not an integer or is out of range.
+            ValueError: if ``rows`` is not one-dimensional, a row is not an integer or is out of range, or features are
+                not finite; names the file and the row.
         """
+        batch = self.gather_unchecked(rows)
+        for name, features in ((IMAGES, batch.image_features), (TEXTS, batch.text_features)):
+            if not np.isfinite(features).all():
+                numbers = self._row_numbers[name == TEXTS][as_rows(rows, len(self), name)]
+                bad = int(numbers[~np.isfinite(features).all(axis=1)][0])
+                raise ValueError(f"{self._path / name}, row {bad}: {NOT_FINITE}")
+        return batch
+
+    def gather_unchecked(self, rows: Sequence[int] | Array | Any) -> FeatureBatch:
+        """The same as :meth:`gather`, also where features are NaN or infinite: for a look at a damaged store."""
         rows = as_rows(rows, len(self), f"the feature store {self._path}")
         image_rows, text_rows = self._row_numbers
         image_rows = image_rows[rows]

@@ -17,13 +17,13 @@ from datasets import Dataset
 from datasets import config as datasets_config
 from torch import Tensor
 
-from st_kdmcse.files import progress_bar, write_folder
+from st_kdmcse.files import progress_bar, sha256_file, write_folder
 
 logger = logging.getLogger(__name__)
 
 Preprocess = Callable[[list[str]], dict[str, Any]]
 
-_CACHE_VERSION = 1  # counted up when the same sentences would give another file
+_CACHE_VERSION = 2  # counted up when the same sentences would give another file
 _TOKENS, _OFFSETS, _MANIFEST = "tokens.bin", "offsets.bin", "manifest.json"
 _SENTENCES_AT_A_TIME = 4096
 
@@ -44,8 +44,19 @@ class TokenTable:
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
             self._tokens = np.memmap(path / _TOKENS, manifest["dtype"], "r", shape=(manifest["tokens"],))
             self._offsets = np.memmap(path / _OFFSETS, np.int64, "r", shape=(manifest["sentences"] + 1,))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._sha256 = manifest["sha256"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"the tokens in {path} are damaged ({error}): delete that folder") from error
+
+    def verify(self) -> None:
+        """Compare the files with their checksums.
+
+        Raises:
+            ValueError: if one of them is damaged.
+        """
+        for name, expected in _checksums(self.path).items():
+            if not isinstance(self._sha256, dict) or self._sha256.get(name) != expected:
+                raise ValueError(f"the tokens in {self.path} are damaged ({name}): delete that folder")
 
     @classmethod
     def of(
@@ -79,7 +90,9 @@ class TokenTable:
         path = Path(cache_dir or Path(datasets_config.HF_DATASETS_CACHE) / "st_kdmcse") / f"tokens-{key}"
         if path.is_dir():
             try:
-                return cls(path)
+                table = cls(path)
+                table.verify()
+                return table
             except ValueError:
                 logger.warning("%s is damaged and is written again", path)
                 shutil.rmtree(path, ignore_errors=True)
@@ -142,6 +155,10 @@ def _sentences(dataset: Dataset, column: str) -> Iterator[list[str]]:
         yield batch[column]
 
 
+def _checksums(path: Path) -> dict[str, str]:
+    return {name: sha256_file(path / name) for name in (_TOKENS, _OFFSETS)}
+
+
 def _write(
     path: Path,
     blocks: Iterable[list[str]],
@@ -161,5 +178,5 @@ def _write(
             offsets.write(ends.tobytes())
             total, sentences = int(ends[-1]), sentences + len(block)
             update(len(block))
-    content = {"dtype": dtype.name, "tokens": total, "sentences": sentences}
+    content = {"dtype": dtype.name, "tokens": total, "sentences": sentences, "sha256": _checksums(path)}
     (path / _MANIFEST).write_text(json.dumps(content), encoding="utf-8")

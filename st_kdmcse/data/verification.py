@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from st_kdmcse.data.layout import MANIFEST, ROWS_PER_CHUNK, Array, RowNumbers, off_norm
+from st_kdmcse.data.characters import CONTROL_CHARACTERS
+from st_kdmcse.data.layout import MANIFEST, NOT_FINITE, ROWS_PER_CHUNK, Array, RowNumbers, off_norm
 from st_kdmcse.files import sha256_file
 
 
@@ -41,7 +42,7 @@ def verify_encoding(path: Path, table: pa.Table) -> None:
 
 
 def verify_table(path: Path, table: pa.Table, image_rows: RowNumbers) -> None:
-    """Check that no caption or id is empty, and that each image id has one image row.
+    """Check that no caption or id is empty, no id holds a control character, and each image id has one image row.
 
     Args:
         path: the file of the table, for errors.
@@ -55,6 +56,11 @@ def verify_table(path: Path, table: pa.Table, image_rows: RowNumbers) -> None:
         empty = pc.index(pc.equal(pc.utf8_trim_whitespace(table.column(name)), ""), True).as_py()
         if empty >= 0:
             raise ValueError(f"{path}, row {empty}: the {name} is empty; leave that row out")
+    forbidden = pc.match_substring_regex(table.column("image"), CONTROL_CHARACTERS)
+    row = pc.index(forbidden, True).as_py()
+    if row >= 0:
+        image_id = table.column("image")[row].as_py()
+        raise ValueError(f"{path}, row {row}: the image id {image_id!r} holds a control character; leave it out")
     ids = table.column("image").dictionary_encode().combine_chunks()
     codes = ids.indices.to_numpy()
     first_row_of_id = np.zeros(len(ids.dictionary), dtype=np.int64)
@@ -84,7 +90,7 @@ def verify_features(path: Path, features: Array, normalized: bool, on_bytes: Cal
         chunk = features[start : start + ROWS_PER_CHUNK]
         bad = np.flatnonzero(~np.isfinite(chunk).all(axis=1))
         if bad.size:
-            raise ValueError(f"{path}, row {start + bad[0]}: the features hold NaN or infinite values")
+            raise ValueError(f"{path}, row {start + bad[0]}: {NOT_FINITE}")
         bad = np.flatnonzero(off_norm(chunk)) if normalized else bad
         if bad.size:
             norm = np.linalg.norm(chunk[bad[0]].astype(np.float64))

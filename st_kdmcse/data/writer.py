@@ -14,11 +14,13 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
+from st_kdmcse.data.characters import control_character
 from st_kdmcse.data.layout import (
     ARROW,
     FORMAT,
     IMAGES,
     MANIFEST,
+    NOT_FINITE,
     ROWS_PER_BATCH,
     ROWS_PER_CHUNK,
     SCHEMA,
@@ -159,7 +161,7 @@ class FeatureStoreWriter:
             raise ValueError(f"{name}: {count} captions and {len(texts)} rows of text_features")
         text_row = self._texts.rows
         for image_row, (image_id, of_image) in enumerate(zip(image_ids, captions, strict=True), self._images.rows):
-            self._add_id(image_id)
+            self._add_id(image_id, image_row)
             for caption in of_image:
                 self._add_row(image_id, caption, image_row, text_row)
                 text_row += 1
@@ -170,8 +172,12 @@ class FeatureStoreWriter:
         if self._path.exists():
             raise FileExistsError(f"{self._path} exists already: remove it, or write the store somewhere else")
 
-    def _add_id(self, image_id: str) -> None:
-        _check_text(image_id, "image id")
+    def _add_id(self, image_id: str, image_row: int) -> None:
+        _check_text(image_id, f"image row {image_row}: image id")
+        if found := control_character(image_id):
+            raise ValueError(
+                f"image row {image_row}: the image id {image_id!r} holds the control character {found}: leave it out"
+            )
         if not self._ids.add(image_id):
             raise ValueError(f"image {image_id!r} came before: give each image once, with all its captions")
 
@@ -201,7 +207,7 @@ class FeatureStoreWriter:
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             where = f"{name}, row {first_row + row}"
             if not np.isfinite(given[row]).all():
-                raise ValueError(f"{where}: NaN or infinite values; compute these features again, or leave them out")
+                raise ValueError(f"{where}: {NOT_FINITE}")
             raise ValueError(
                 f"{where}: {np.abs(given[row]).max():.3g} does not fit {self._dtype}; normalise the features"
                 + (", or write the store with dtype='float32'" if self._dtype == np.float16 else "")
@@ -277,8 +283,8 @@ def write_arrays(
     if dtype is None:
         dtype = "float16" if image_features.dtype == np.float16 else "float32"
     with FeatureStoreWriter(path, image_features.shape[1], dtype, teacher, normalized) as writer:
-        for image_id in image_ids:
-            writer._add_id(image_id)
+        for image_row, image_id in enumerate(image_ids):
+            writer._add_id(image_id, image_row)
         for file, name, features in (
             (writer._images, "image_features", image_features),
             (writer._texts, "text_features", text_features),

@@ -234,7 +234,7 @@ class _Job:
                     yield sources[start : start + batch_size]
 
     def _is_finished(self, number: int, records: Sequence[CaptionedImage], bar: tqdm[Any]) -> bool:
-        header = self.parts.header(number)
+        header = self.parts.intact_header(number)
         if header is None:
             return False
         if header.digest != self.digests[number]:

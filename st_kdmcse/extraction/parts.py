@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from st_kdmcse.data.layout import Array
 from st_kdmcse.data.readers import CaptionedImage, Problem
-from st_kdmcse.files import atomic_file, read_json, write_json
+from st_kdmcse.files import atomic_file, manifest_checksum, read_json, write_json
 from st_kdmcse.provenance import claim
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _RUN, _END, _BAD_ROWS = "run.json", "end.json", "bad_rows.csv"
 _COLUMNS = ("kind", "where", "message")
 _METADATA = b"part"
+_DAMAGED = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class PartsFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._run_checksum = ""
 
     @property
     def exists(self) -> bool:
@@ -99,6 +101,7 @@ class PartsFolder:
         Raises:
             ValueError: if the parts here were made with other settings.
         """
+        self._run_checksum = manifest_checksum(run)
         claim(
             self.path / _RUN,
             run,
@@ -111,18 +114,27 @@ class PartsFolder:
         return self._read_json(_RUN)
 
     def header(self, number: int) -> PartHeader | None:
-        """A finished part without its features; None if it is not finished."""
+        """A finished part without its features, which are not looked at; None if it is not finished."""
         path = self._part(number)
         try:
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-                metadata = json.loads(reader.schema.metadata[_METADATA])
+                return _header(reader)[0]
         except FileNotFoundError:
             return None
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        except _DAMAGED:
             logger.warning("%s is damaged and is made again", path)
             return None
-        problems = tuple(Problem(**problem) for problem in metadata["problems"])
-        return PartHeader(metadata["digest"], tuple(metadata["image_ids"]), problems)
+
+    def intact_header(self, number: int) -> PartHeader | None:
+        """The same, of a part whose features and captions have their checksum; another one is made again."""
+        if self.header(number) is None:
+            return None
+        try:
+            part = self._read(number)
+        except _DAMAGED:
+            logger.warning("%s is damaged and is made again", self._part(number))
+            return None
+        return PartHeader(part.digest, tuple(part.image_ids), tuple(part.problems))
 
     def read(self, number: int) -> Part:
         """A finished part.
@@ -130,12 +142,19 @@ class PartsFolder:
         Raises:
             ValueError: if it is missing or damaged.
         """
-        header = self.header(number)
-        if header is None:
-            raise ValueError(f"{self._part(number)} is missing or damaged: run the extraction again, it makes it again")
+        try:
+            return self._read(number)
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{self._part(number)} is missing or damaged ({error}): run the extraction again, it makes it again"
+            ) from error
+
+    def _read(self, number: int) -> Part:
         with pa.memory_map(str(self._part(number))) as source, pa.ipc.open_file(source) as reader:
+            header, checksum = _header(reader)
             batch = reader.get_batch(0)
-            return Part(
+            batch.validate(full=True)
+            part = Part(
                 header.digest,
                 batch.column("image").to_pylist(),
                 _from_arrow(batch.column("image_features")),
@@ -143,6 +162,9 @@ class PartsFolder:
                 _from_arrow(batch.column("text_features").flatten()),
                 header.problems,
             )
+        if _checksum(part) != checksum:
+            raise ValueError("its checksum does not fit its content")
+        return part
 
     def write(self, number: int, part: Part) -> None:
         """Save a part; it is there, whole, when this returns."""
@@ -157,6 +179,7 @@ class PartsFolder:
             "digest": part.digest,
             "image_ids": list(part.image_ids),
             "problems": [asdict(problem) for problem in part.problems],
+            "checksum": _checksum(part),
         }
         batch = pa.record_batch(list(columns.values()), names=list(columns))
         batch = batch.replace_schema_metadata({_METADATA: json.dumps(content)})
@@ -199,7 +222,15 @@ class PartsFolder:
     def end(self) -> End | None:
         """What the end of the data set showed; None before a process got there."""
         path = self.path / _END
-        return End(**self._read_json(_END)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        content = self._read_json(_END)
+        if content.pop("checksum", None) != manifest_checksum(content):
+            logger.warning("%s is damaged and is made again", path)
+            return None
+        if content.pop("run") != manifest_checksum(self.run):
+            raise ValueError(f"{self.path / _RUN} is damaged: delete {self.path} to begin again")
+        return End(**content)
 
     def write_end(self, end: End) -> None:
         """Note the end of the data set.
@@ -211,7 +242,8 @@ class PartsFolder:
         if earlier is not None and earlier.chain != end.chain:
             raise ValueError(_other_data(self.path))
         with _keeping_parts():
-            write_json(self.path / _END, asdict(end))
+            content = {**asdict(end), "run": self._run_checksum}
+            write_json(self.path / _END, {**content, "checksum": manifest_checksum(content)})
 
     @contextmanager
     def bad_rows(self) -> Iterator[Callable[[Problem], None]]:
@@ -250,6 +282,23 @@ class PartsFolder:
 
     def _part(self, number: int) -> Path:
         return self.path / f"part-{number:07d}.arrow"
+
+
+def _header(reader: pa.RecordBatchFileReader) -> tuple[PartHeader, str]:
+    """What is known of a part, and its checksum."""
+    content = json.loads(reader.schema.metadata[_METADATA])
+    problems = tuple(Problem(**problem) for problem in content["problems"])
+    return PartHeader(content["digest"], tuple(content["image_ids"]), problems), content["checksum"]
+
+
+def _checksum(part: Part) -> str:
+    """SHA-256 of all that a part holds."""
+    texts = [part.digest, list(part.image_ids), [list(of_image) for of_image in part.captions]]
+    content = hashlib.sha256(json.dumps([*texts, [asdict(problem) for problem in part.problems]]).encode())
+    for features in (part.image_features, part.text_features):
+        content.update(f"{features.dtype} {features.shape}".encode())
+        content.update(np.ascontiguousarray(features).data)
+    return content.hexdigest()
 
 
 def digest(records: Iterable[CaptionedImage]) -> str:

@@ -130,6 +130,7 @@ def _positions(encoder: nn.Module) -> int | None:
     """How many tokens the encoder can number; None where any number goes."""
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
-        return getattr(encoder.config, "max_position_embeddings", None)
+        number = getattr(encoder.config, "max_position_embeddings", None) or 0
+        return number if number > 0 else None  # XLNet, which has no limit, says -1
     # RoBERTa and its like number positions from the one after the padding index.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -1,4 +1,5 @@
 import json
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -171,3 +172,28 @@ def test_progress(tmp_path, capsys):
     assert "Importing f.json: 100%" in capsys.readouterr().err
     import_released_json(source, tmp_path / "hidden", show_progress_bar=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (b"\x93NUMPY\x01\0", "a NumPy array"),
+        (pickle.dumps({"a": 1}), "a pickle"),
+        (b"PAR1", "a Parquet table"),
+    ],
+)
+def test_features_in_other_formats_are_called_by_their_name(tmp_path, content, what):
+    path = tmp_path / "features.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"features.json is {what}.*FeatureStore.from_arrays"):
+        import_released_json(path, tmp_path / "store")
+
+
+def test_brackets_without_end_are_refused(tmp_path):
+    path = tmp_path / "features.json"
+    path.write_text('{"a.jpg": {"image_feat": ' + "[" * 60_000)
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        import_released_json(path, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

@@ -40,7 +40,7 @@ def write_table(tmp_path, columns, **options):
 
 
 def the_file(folder):
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.arrow")
     return file
 
 
@@ -212,7 +212,7 @@ def test_the_cache_follows_the_options(tmp_path):
     ):
         dataset = read_sentences(path, column, deduplicate, tmp_path / "here")
         assert dataset["sentence"][:] == expected
-    assert len(list((tmp_path / "here").iterdir())) == 4
+    assert len(list((tmp_path / "here").glob("*.arrow"))) == 4
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.gz"])
@@ -557,3 +557,13 @@ def test_the_content_tells_what_a_file_is_not_its_name(tmp_path, name, kind):
         path.write_bytes(gzip.compress(b"one\ntwo\n") if kind == "gzip" else b"one\ntwo\n")
     assert read_sentences(path)["sentence"][:] == ["one", "two"]
     assert list(iter_sentences(path)) == ["one", "two"]
+
+
+def test_a_flipped_bit_in_the_cache_is_noticed(tmp_path, cache):
+    path = write(tmp_path, b"one\ntwo\n", "text.gz")
+    read_sentences(path)
+    whole = the_file(cache).read_bytes()
+    assert whole.count(b"onetwo") == 1
+    the_file(cache).write_bytes(whole.replace(b"onetwo", b"onetwn"))
+    assert read_sentences(path)["sentence"][:] == ["one", "two"]
+    assert the_file(cache).read_bytes() == whole

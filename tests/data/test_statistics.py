@@ -141,3 +141,13 @@ def test_real_features(shared_data):
     found = store_statistics(FeatureStore.open(shared_data / "flickr8k_features"))
     assert (found.std > 0.01).all()
     assert found.same_image_mean > found.mean[0] + 2 * found.std[0]
+
+
+def test_a_changed_digit_is_noticed(store, caplog):
+    first = store_statistics(store)
+    path = store.path / "statistics.json"
+    kept = json.loads(path.read_text())
+    kept["mean"][0] += 0.001
+    path.write_text(json.dumps(kept))
+    assert torch.equal(store_statistics(store).mean, first.mean)
+    assert "was edited or damaged: it is computed again" in caplog.text

@@ -20,6 +20,9 @@ from st_kdmcse import files
 from st_kdmcse.data import FeatureStore, FeatureStoreWriter, true_pair_score
 from st_kdmcse.data import store as store_module
 from st_kdmcse.data import writer as writer_module
+from st_kdmcse.data.characters import control_character
+from st_kdmcse.data.resident import ResidentFeatures
+from st_kdmcse.data.statistics import store_statistics
 from st_kdmcse.files import sha256_file
 
 DIM = 8
@@ -136,7 +139,11 @@ def test_from_arrays_gives_back_what_went_in(tmp_path_factory, data, dtype):
     image_rows = data.draw(hnp.arrays(np.int64, rows, elements=st.integers(0, num_images - 1)))
     text = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
     captions = data.draw(st.lists(text, min_size=rows, max_size=rows))
-    ids = data.draw(st.lists(text, min_size=num_images, max_size=num_images, unique=True))
+    ids = data.draw(
+        st.lists(
+            text.filter(lambda key: not control_character(key)), min_size=num_images, max_size=num_images, unique=True
+        )
+    )
     path = tmp_path_factory.mktemp("arrays") / "store"
 
     store = FeatureStore.from_arrays(path, images, texts, captions, image_rows, ids, "teacher")
@@ -761,3 +768,96 @@ def test_the_captions_are_a_frame(store):
     assert frame.caption.tolist() == [store.caption(row) for row in range(len(store))]
     assert (frame.image_row.to_numpy() == store.image_rows).all()
     assert frame.groupby("image").size().eq(3).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({name: value}, f"manifest.json says {name} = ") for value in (None, [1], {"a": 1})
+          for name in ("teacher", "dim", "dtype", "normalized", "images")),
+        ({"rows": True}, "says rows = True, expected a whole number"),
+        ({"shared_space": "yes"}, "says shared_space = 'yes', expected true or false"),
+        ({"source": 3}, "says source = 3, expected an object"),
+        *(({"files": files}, "says files = .*bytes and sha256") for files in (None, [], {}, {"captions.arrow": 1})),
+        ({"files": {"../secret": {"bytes": 1, "sha256": "0" * 64}}}, "and of no other file"),
+    ],
+)  # fmt: skip
+def test_open_refuses_a_forged_manifest(folder, changes, message):
+    edit_manifest(folder, fix_checksum=True, **changes)
+    with pytest.raises(ValueError, match=message):
+        FeatureStore.open(folder)
+
+
+@pytest.mark.parametrize("missing", ["teacher", "dim", "normalized", "files", "rows"])
+def test_open_refuses_a_manifest_without_a_field(folder, missing):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[missing]
+    path.write_text(json.dumps({**manifest, "checksum": files.manifest_checksum(manifest)}))
+    with pytest.raises(ValueError, match=f"manifest.json says {missing} = None, expected"):
+        FeatureStore.open(folder)
+
+
+def test_open_refuses_files_that_the_manifest_names_elsewhere(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entries = {**manifest["files"], "../outside.npy": manifest["files"]["image_features.npy"]}
+    edit_manifest(folder, fix_checksum=True, files=entries)
+    with pytest.raises(ValueError, match="and of no other file"):
+        FeatureStore.open(folder)
+
+
+def test_a_manifest_of_thousands_of_brackets_is_damaged(folder):
+    (folder / "manifest.json").write_text("[" * 60_000)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged .*copy or write the store again"):
+        FeatureStore.open(folder)
+
+
+def test_texts_outside_of_the_table_are_refused_when_it_is_opened(folder):
+    """Reading them would end the process."""
+    table = pa.ipc.open_stream(folder / "captions.arrow").read_all()
+    offsets = np.frombuffer(table.column("caption").chunk(0).buffers()[1], np.int32)[: len(table) + 1].copy()
+    content = (folder / "captions.arrow").read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    for position, value in ((2, 2**31 - 1), (2, -5), (len(table), 2**30), (0, -1)):
+        damaged = offsets.copy()
+        damaged[position] = value
+        (folder / "captions.arrow").write_bytes(content.replace(offsets.tobytes(), damaged.tobytes()))
+        with pytest.raises(ValueError, match=r"captions\.arrow is damaged"):
+            FeatureStore.open(folder)
+
+
+@pytest.mark.parametrize("image_id", ["a\0b", "\x1b[31m", "a\x7f"])
+def test_ids_hold_no_control_characters(tmp_path, folder, image_id):
+    features = np.ones((2, DIM), np.float32)
+    with pytest.raises(ValueError, match="image row 1: the image id .* holds the control character"):
+        FeatureStore.from_arrays(tmp_path / "a", features, features, ["x", "y"], [0, 1], ["a", image_id], "t")
+    with (
+        pytest.raises(ValueError, match="image row 0: the image id .* holds the control character"),
+        FeatureStoreWriter(tmp_path / "a", DIM) as writer,
+    ):
+        writer.add(image_id, features[0], ["x"], features[:1])
+    plain = without_manifest(folder)
+    table = pd.read_csv(plain / "captions.csv")
+    table["image"] = table["image"].replace("1.jpg", image_id)
+    table.to_csv(plain / "captions.csv", index=False)
+    with pytest.raises(ValueError, match=r"captions\.csv, row 2: the image id .* holds a control character"):
+        FeatureStore.open(plain, verify=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("name", "rows"), [("image_features.npy", [0, 2]), ("text_features.npy", [0, 1])])
+def test_features_that_are_not_finite_are_never_handed_out(folder, name, rows, value):
+    plain = without_manifest(folder)
+    features = np.load(plain / name)
+    features[1, 3] = value
+    np.save(plain / name, features)
+    store = FeatureStore.open(plain)
+    store.gather([5])
+    for read in (
+        lambda: store.gather(rows),
+        lambda: store_statistics(store),
+        lambda: ResidentFeatures(store, torch.device("cpu")),
+        lambda: true_pair_score(store, "text-image"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}, row 1: NaN or infinite values"):
+            read()

@@ -86,3 +86,22 @@ def test_lengths_are_rounded_up(make, student):
     assert torch.equal(wider_mask[:, : ids.shape[1]], mask)
     assert not wider_mask[:, ids.shape[1] :].any()
     assert not wider[:, ids.shape[1] :].any()
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+def test_a_flipped_bit_is_noticed(make, name, caplog):
+    path = make().path
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    make()
+    assert (path / name).read_bytes() == whole
+    assert "is written again" in caplog.text
+
+
+def test_a_forged_manifest_is_damaged(make):
+    path = make().path
+    for content in ("[]", "{}", '{"dtype": [], "tokens": {}, "sentences": null}', "[" * 60_000):
+        (path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="are damaged"):
+            TokenTable(path)
+        make()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers import copy_tree, free_port
@@ -484,3 +485,40 @@ def test_the_manifest_of_a_store_is_json_with_its_source(tmp_path, reader, teach
     assert source["captions"] == "captions.txt"
     assert len(source["records_sha256"]) == 64
     assert FeatureStore.open(store.path, verify=True).shared_space
+
+
+@pytest.mark.parametrize("where", ["image_features", "text_features", "captions"])
+def test_a_flipped_bit_in_a_finished_part_is_noticed(tmp_path, reader, teacher, whole, where, caplog):
+    path = tmp_path / "features"
+    extract(reader, teacher, path, shard=(1, 2), **SMALL)
+    part = sorted(path.with_name("features.parts").glob("part-*.arrow"))[0]
+    damaged, batch = bytearray(part.read_bytes()), pa.ipc.open_file(part).get_batch(0)
+    column = batch.column(where)
+    while not pa.types.is_floating(column.type) and not pa.types.is_string(column.type):
+        column = column.flatten()
+    needle = column.buffers()[-1].to_pybytes()[:40]
+    damaged[damaged.index(needle) + 1] ^= 1
+    part.write_bytes(damaged)
+    extract(reader, teacher, path, shard=(0, 2), **SMALL)
+    with pytest.raises(ValueError, match=r"part-0000001.arrow is missing or damaged .*it makes it again"):
+        merge(path)
+    extract(reader, teacher, path, shard=(1, 2), **SMALL)
+    assert "is damaged and is made again" in caplog.text
+    assert content(merge(path).path) == content(whole.path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "end.json"])
+def test_a_changed_note_of_an_extraction_is_noticed(tmp_path, reader, teacher, whole, name):
+    path = tmp_path / "features"
+    for shard in ((0, 2), (1, 2)):
+        extract(reader, teacher, path, shard=shard, **SMALL)
+    note = path.with_name("features.parts") / name
+    before = note.read_text()
+    note.write_text(before.replace("open_clip:", "open_clap:") if name == "run.json" else before.replace("a", "b"))
+    with pytest.raises(ValueError, match=r"run.json is damaged|no process has reached the end"):
+        merge(path)
+    if name == "end.json":
+        extract(reader, teacher, path, shard=(0, 2), **SMALL)
+    else:
+        note.write_text(before)
+    assert content(merge(path).path) == content(whole.path)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers import copy_tree
 from sentence_transformers import SentenceTransformer
-from transformers import BertModel, BertTokenizerFast, T5Config, T5EncoderModel
+from transformers import BertModel, BertTokenizerFast, T5Config, T5EncoderModel, XLNetConfig, XLNetModel
 
 from st_kdmcse import build_student
 from st_kdmcse.training.inputs import encoder_type
@@ -93,3 +94,12 @@ def test_a_checkpoint_in_half_precision_is_trained_in_full(tiny_bert, tmp_path):
 def test_a_length_that_the_encoder_does_not_have_is_refused(tiny_bert, length):
     with pytest.raises(ValueError, match="max_seq_length must be from 2 to the 64 positions"):
         build_student(str(tiny_bert), max_seq_length=length)
+
+
+def test_an_encoder_without_a_limit_of_positions(tmp_path, tiny_bert):
+    copy_tree(tiny_bert, tmp_path / "xlnet")
+    size = build_student(tiny_bert).tokenizer.vocab_size
+    XLNetModel(XLNetConfig(vocab_size=size, d_model=16, n_layer=1, n_head=2, d_inner=16)).save_pretrained(
+        tmp_path / "xlnet"
+    )
+    assert build_student(tmp_path / "xlnet", 600).max_seq_length == 600

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ijson
 
 from st_kdmcse.data.json_files import json_errors, open_json
+from st_kdmcse.data.lines import read_lines
 from st_kdmcse.data.readers.base import ImageCaptionReader
 from st_kdmcse.data.readers.coco import Coco, coco_splits
 from st_kdmcse.data.readers.flickr import (
@@ -171,15 +173,18 @@ def _recognise_file(path: Path) -> str:
 
 def _recognise_json(path: Path) -> str:
     with json_errors(path), open_json(path) as file:
-        objects = 0
-        for prefix, event, _ in ijson.parse(file, multiple_values=True):
+        for prefix, event, _ in ijson.parse(file):
             if prefix == "images.item.sentences":
                 return "karpathy"
             if prefix in ("images.item.file_name", "annotations"):
                 return "coco"
-            objects += prefix == "" and event == "start_map"
-            if objects > 1 or (prefix == "item" and event == "start_map"):  # one object a line, or a list of them
+            if prefix == "item" and event == "start_map":
                 return "table"
+            if prefix == "" and event == "end_map":
+                break
+    lines = [line.strip() for line in islice(read_lines(path, lambda _: None), 2)]
+    if len(lines) == 2 and all(line.startswith("{") and line.endswith("}") for line in lines):  # an object a line
+        return "table"
     raise ValueError(
         f"{path} has neither COCO's annotations nor Karpathy's sentences, and is no list of objects; give {_EXPECTED}"
     )
