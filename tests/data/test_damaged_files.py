@@ -75,7 +75,7 @@ CAPTIONS = {
 }
 SENTENCES = {
     "text.txt": b"one\ntwo\r\nthree\n",
-    "text.gz": gzip.compress(b"one\ntwo\nthree\n" * 20),
+    "text.gz": gzip.compress(b"one\ntwo\nthree\n" * 20, mtime=0),
     "text.csv": b'id,text\n1,one\n2,"two, three"\n',
     "text.tsv": b"id\ttext\n1\tone\n2\ttwo\n",
     "text.json": b'[{"text": "one"}, {"text": "two"}]',
