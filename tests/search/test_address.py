@@ -100,7 +100,8 @@ def test_opening_a_directory(tmp_path):
         open_backend(address, create=True)
     made = open_backend(address, dim=3, create=True)
     made.add(NewRows.checked(["a"], ["x"], [[1, 2, 2]]))
-    write_index(tmp_path / "index", made, {})
+    model = {"name": None, "parameters_sha256": "0", "dimension": 3}
+    write_index(tmp_path / "index", made, {"model": model, "probe": {"text": "x", "embedding": [0.0, 0.6, 0.8]}})
     with pytest.raises(ValueError, match="width 3, not 4"):
         open_backend(address, dim=4)
     assert open_backend(address, dim=3, create=True).get(["a"])[0].text == "x"
