@@ -78,7 +78,7 @@ def test_bad_data_is_listed_or_left_out(tmp_path, photo_set, tiny_open_clip):
         ({"--shard": "half"}, "expected I/N"),
         ({"--split": "trian"}, "trian"),
         ({"--captions-format": "coco"}, "captions.txt"),
-        ({"--image-column": "nothing"}, "is separated by commas, not tabs: name it .csv"),
+        ({"--image-column": "nothing"}, "nothing"),
     ],
 )
 def test_typos_are_one_line_and_leave_nothing(tmp_path, arguments, change, message):
