@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from st_kdmcse.data.images import ImageSource
 from st_kdmcse.data.json_files import json_items
-from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader
+from st_kdmcse.data.readers.base import CaptionedImage, ImageCaptionReader, Problems
 from st_kdmcse.data.readers.columns import SPLIT_COLUMN, captions_in, choose_columns, no_columns, wanted_splits
 from st_kdmcse.data.readers.parsing import existing_file, image_folder, is_image_name, read_csv, read_lines
 from st_kdmcse.data.tables import check_separator, file_format, holds_texts, json_object, shown
@@ -29,11 +29,12 @@ class CaptionTable(ImageCaptionReader):
     """A table with an image and its captions a row, streamed: CC12M's ``cc12m.tsv``, or any TSV, CSV, JSON or parquet.
 
     A ``.csv`` has commas, and quotes where they are needed; a ``.jsonl`` has an object a line and a ``.json`` is a list
-    of objects, as BLIP's are; any other text file has tabs, and quotes are part of its captions. CSV and TSV may go
-    without a header: then they have two columns, image and caption. The image id is the path as it is in the table,
-    and rows of one image that follow one another are one record. A cell may hold a list of captions, in CSV and TSV
-    written as in JSON, and there may be several columns of captions. In a parquet file the image may be encoded bytes
-    or a struct of bytes and path; then each row is a separate image, with the id ``FILE#ROW``.
+    of objects, as BLIP's are; any other text file has tabs, and quotes are part of its captions, unless its header has
+    commas. CSV and TSV may go without a header: then they have two columns, image and caption. The image id is the path
+    as it is in the table, and rows of one image that follow one another are one record. A cell may hold a list of
+    captions, in CSV and TSV written as in JSON, and there may be several columns of captions. In a parquet file the
+    image may be encoded bytes or a struct of bytes and path; then each row is a separate image, with the id
+    ``FILE#ROW``.
 
     Args:
         path: the table.
@@ -99,8 +100,13 @@ class CaptionTable(ImageCaptionReader):
     def _rows(self) -> Iterator[CaptionedImage]:
         if is_parquet(self._path):
             return self._parquet_rows()
-        kind = file_format(self._path, of_others="tsv")
+        kind = file_format(self._path, of_others="csv" if self._has_commas() else "tsv")
         return self._json_rows(kind == "json list") if kind.startswith("json") else self._text_rows(kind == "csv")
+
+    def _has_commas(self) -> bool:
+        """Whether the first line is a header with commas."""
+        _, line = next(read_lines(self._path, Problems("skip")), (0, ""))
+        return "\t" not in line and choose_columns(line.split(",")) is not None
 
     def _text_rows(self, is_csv: bool) -> Iterator[CaptionedImage]:
         header: Sequence[str] = ()

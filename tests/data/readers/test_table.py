@@ -352,3 +352,12 @@ def test_types_of_parquet(tmp_path, read, kind, values):
         pytest.skip(f"this pyarrow writes no {kind} instead of {plain}")
     expected = [value if isinstance(value, list) else [value] for value in values]
     assert list(read(CaptionTable(path))[0].values()) == expected
+
+
+def test_a_header_with_commas_makes_a_csv_of_any_name(write, read):
+    path = write("captions.txt", 'image,caption,split\na.jpg,"one, two",train\nb.jpg,three,val\n')
+    assert read(CaptionTable(path, split="train")) == ({"a.jpg": ["one, two"]}, [])
+    with pytest.raises(
+        ValueError, match="no column 'nothing' or no column of captions; its columns: 'image', 'caption'"
+    ):
+        list(CaptionTable(path, image_column="nothing"))
