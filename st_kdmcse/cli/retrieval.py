@@ -12,8 +12,9 @@ from st_kdmcse.data import FeatureStore
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.retrieval import retrieval_table
 from st_kdmcse.files import check_output_file, write_json
+from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.provenance import provenance
-from st_kdmcse.training.retrieval import image_text_retrieval
+from st_kdmcse.training.retrieval import RetrievalHeads, image_text_retrieval
 
 _PATH = click.Path(path_type=Path)
 
@@ -39,15 +40,17 @@ def main(run: Path, features: Path, only: Path | None, folds: int, output: Path 
     quiet_libraries()
     with friendly_errors():
         check_output_file(output)
-        results = image_text_retrieval(run, features, only, folds, device)
-        click.echo(retrieval_table(results))
         store = FeatureStore.open(features)
+        heads = RetrievalHeads.load(run / HEADS_DIR, store)
+        student = load_model(str(run), device)
+        results = image_text_retrieval(student, heads, store, only, folds)
+        click.echo(retrieval_table(results))
         click.echo(f"teacher: {store.teacher}" + ("" if store.shared_space else "; it has no space of both"))
         if output is not None:
             records = {
                 name: {direction: each.to_dict() for direction, each in result.items()}
                 for name, result in results.items()
             }
-            origin = provenance(load_model(str(run), device), run.name, {"features": store.checksum})
+            origin = provenance(student, run.name, {"features": store.checksum})
             write_json(output, {"retrieval": records, "folds": folds, "teacher": store.teacher, **origin})
             click.echo(f"details: {output}")

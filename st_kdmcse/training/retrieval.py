@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,11 +15,11 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from st_kdmcse.data.exclusion import read_left_out
 from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.encoding import Matrix, encode_distinct, load_model
+from st_kdmcse.encoding import Matrix, encode_distinct
 from st_kdmcse.evaluation.retrieval import Retrieval, evaluate_retrieval
 from st_kdmcse.files import progress_bar
 from st_kdmcse.losses.grounded import GroundedLoss
-from st_kdmcse.losses.heads import HEADS_DIR, ProjectionHead, load_head
+from st_kdmcse.losses.heads import ProjectionHead, load_head
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
             steps: for the model card.
         """
         heads = cast("dict[str, ProjectionHead]", self.loss.heads)
-        texts = project_captions(self.store, model, heads["grounding"], False)
+        captions = [caption for _, caption in self.store.captions()]
+        texts = project_captions(captions, model, heads["grounding"], False)
         images = project_images(self.store, heads["teacher_image"], False)
         found = evaluate_retrieval(texts, images, self.store.image_rows, self.folds)
         metrics = {
@@ -114,12 +116,12 @@ def project_images(store: FeatureStore, head: ProjectionHead, show_progress_bar:
 
 
 def project_captions(
-    store: FeatureStore, student: SentenceTransformer, head: ProjectionHead, show_progress_bar: bool | None = None
+    captions: Sequence[str], student: SentenceTransformer, head: ProjectionHead, show_progress_bar: bool | None = None
 ) -> Matrix:
-    """The captions of a store in the space of the images.
+    """Captions in the space of the images.
 
     Args:
-        store: N captions.
+        captions: N captions.
         student: the trained encoder.
         head: grounding.
         show_progress_bar: None shows one in a terminal, after two seconds.
@@ -127,7 +129,6 @@ def project_captions(
     Returns:
         (N, projection) float32, not normalised.
     """
-    captions = [caption for _, caption in store.captions()]
     return _projected(encode_distinct(student, captions, show_progress_bar=show_progress_bar)(captions), head)
 
 
@@ -139,40 +140,64 @@ def _projected(vectors: Matrix, head: ProjectionHead) -> Matrix:
     return projected
 
 
+class RetrievalHeads(NamedTuple):
+    """The heads by which sentences and images meet: "grounding" and "teacher_image"."""
+
+    grounding: ProjectionHead
+    teacher_image: ProjectionHead
+
+    @classmethod
+    def load(cls, folder: str | Path, store: FeatureStore) -> RetrievalHeads:
+        """Read both, for the features of a store.
+
+        Args:
+            folder: of the heads, such as ``kdmcse-bert/heads``.
+            store: features of the teacher that they were trained with.
+
+        Raises:
+            FileNotFoundError: if there are no heads.
+            ValueError: if one is missing, or the features are of another width.
+        """
+        heads = cls(load_head(folder, "grounding"), load_head(folder, "teacher_image"))
+        width = heads.teacher_image.dense.in_features
+        if width != store.dim:
+            raise ValueError(
+                f"the heads in {folder} take features of width {width}, those of {store.path} are of width "
+                f"{store.dim}: give features of the teacher that they were trained with"
+            )
+        return heads
+
+
 def image_text_retrieval(
-    run: str | Path, features: str | Path, only: str | Path | None = None, folds: int = 1, device: str | None = None
+    student: SentenceTransformer,
+    heads: RetrievalHeads,
+    store: FeatureStore,
+    only: str | Path | None = None,
+    folds: int = 1,
 ) -> dict[str, dict[str, Retrieval]]:
     """Retrieval in both directions by a trained student and its heads, and by the teacher.
 
     Args:
-        run: folder of the student, with its heads.
-        features: a feature store of the teacher of the training, with images that were not trained on.
+        student: the trained encoder.
+        heads: that were trained with it.
+        store: features of the teacher of the training, of images that were not trained on.
         only: a list of images of the store, as ``exclude_images`` of a training takes it; None is all.
         folds: as for :func:`~st_kdmcse.evaluation.retrieval.evaluate_retrieval`.
-        device: of the student; a GPU if there is one.
 
     Returns:
         The results by direction, of the "student", and of the "teacher" where its texts and images are of one space.
 
     Raises:
-        FileNotFoundError: if the student, its heads, the features or the list are missing.
-        ValueError: if the heads do not fit, or the list is malformed.
+        FileNotFoundError: if the list is missing.
+        ValueError: if it is malformed, or the folds are not of one size.
     """
-    store = FeatureStore.open(features)
     rows = np.arange(len(store)) if only is None else read_left_out(only, store).rows
     images, image_rows = np.unique(store.image_rows[rows], return_inverse=True)
-    grounding, of_images = (
-        load_head(Path(run) / HEADS_DIR, "grounding"),
-        load_head(Path(run) / HEADS_DIR, "teacher_image"),
-    )
-    if of_images.dense.in_features != store.dim:
-        raise ValueError(
-            f"the heads in {Path(run) / HEADS_DIR} take features of width {of_images.dense.in_features}, those of "
-            f"{store.path} are of width {store.dim}: give features of the teacher that they were trained with"
-        )
-    student = load_model(str(run), device)
-    texts, pictures = project_captions(store, student, grounding), project_images(store, of_images)
-    results = {"student": evaluate_retrieval(texts[rows], pictures[images], image_rows, folds)}
+    chosen = set(rows.tolist())
+    captions = [caption for row, (_, caption) in enumerate(store.captions()) if row in chosen]
+    texts = project_captions(captions, student, heads.grounding)
+    pictures = project_images(store, heads.teacher_image)
+    results = {"student": evaluate_retrieval(texts, pictures[images], image_rows, folds)}
     if store.shared_space:
         of_texts = np.asarray(store.text_features[store.text_rows[rows]], dtype=np.float32)
         results["teacher"] = evaluate_retrieval(of_texts, store.image_features[images], image_rows, folds)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
@@ -195,7 +195,8 @@ def _check_identity(teacher: CLIPTeacher, name: str, store: FeatureStore, images
         found = teacher.encode_images(files, show_progress_bar=False)
     except ImageError as error:
         raise ValueError(f"an image to compare cannot be read: {error}") from error
-    cosines = _cosines(found, np.asarray(store.image_features[rows], dtype=np.float32))
+    stored = np.asarray(store.image_features[rows], dtype=np.float32)
+    cosines = torch.cosine_similarity(torch.from_numpy(found), torch.from_numpy(stored))
     worst = int(cosines.argmin())
     if not cosines[worst] >= _LEAST_COSINE:
         raise ValueError(
@@ -212,11 +213,6 @@ def _id_of(store: FeatureStore, image_row: int) -> str:
             f"{store.path}: image row {image_row} has no caption, and so no id; extract the features again"
         )
     return store.image_id(int(captions[0]))
-
-
-def _cosines(x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return np.asarray(np.einsum("nd,nd->n", x, y) / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 def _save(model: SentenceTransformer, folder: Path, run: Path, store: FeatureStore, teacher: str) -> None:

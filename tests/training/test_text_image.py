@@ -28,7 +28,7 @@ from st_kdmcse.evaluation.retrieval import evaluate_retrieval
 from st_kdmcse.losses.heads import load_head
 from st_kdmcse.teachers import CLIPTeacher
 from st_kdmcse.training import TrainingOptions, train
-from st_kdmcse.training.retrieval import image_text_retrieval
+from st_kdmcse.training.retrieval import RetrievalHeads, image_text_retrieval
 from st_kdmcse.training.text_image import export_text_image
 
 IMAGES = 12
@@ -250,8 +250,7 @@ def test_retrieval_while_training(trained, tiny_bert, tmp_path):
     assert [entry["step"] for entry in logged] == [1, 2]
     metrics = evaluator(model)
     loss.save_heads(tmp_path / "heads")
-    model.save_pretrained(str(tmp_path))
-    found = image_text_retrieval(tmp_path, store.path)["student"]
+    found = image_text_retrieval(model, RetrievalHeads.load(tmp_path / "heads", store), store)["student"]
     for direction, each in found.items():
         for k, recall in each.recall.items():
             assert metrics[f"held-out_{direction.replace(' ', '_')}_recall@{k}"] == pytest.approx(recall / 100)
