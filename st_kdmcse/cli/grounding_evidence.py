@@ -10,7 +10,7 @@ import click
 from st_kdmcse.cli.commands import command
 from st_kdmcse.cli.common import Whole, cxc_options, friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import ListType, finish, grid_options
-from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS
+from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS, OPTIONS
 from st_kdmcse.experiments.evidence import evidence_tasks, gather_evidence
 from st_kdmcse.experiments.evidence_report import write_evidence
 from st_kdmcse.experiments.grid import arm_grid, run_grid, shared_features
@@ -82,6 +82,7 @@ def main(
             tasks,
             grid[0],
             root / "before",
+            options=OPTIONS,
             left_out=[f"{folder} failed: {error}" for folder, error in result.failed.items()],
         )
         finish(result, write_evidence(evidence, output), [output / "report.md", output / "report.json"])

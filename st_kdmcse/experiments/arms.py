@@ -120,3 +120,21 @@ CONTRASTS: tuple[Contrast, ...] = (
     Contrast("lists-image", "lists-image-permuted"),
 )
 """The family that Holm's correction is for; those of which an arm was not trained are left out."""
+
+OPTIONS: tuple[Contrast, ...] = (
+    Contrast("simcse-remove", "simcse"),
+    Contrast("simcse-same-image", "simcse"),
+    Contrast("kdmcse", "kdmcse-paper"),
+    Contrast("kdmcse", "kdmcse-no-margin"),
+    Contrast("kdmcse", "kdmcse-reverse"),
+    Contrast("kdmcse-quantile", "kdmcse"),
+    Contrast("kdmcse-filter", "kdmcse"),
+    Contrast("kdmcse-ridge", "kdmcse"),
+    Contrast("kdmcse-auto", "kdmcse"),
+    Contrast("lists-text", "simcse"),
+    Contrast("lists-cross", "simcse"),
+    Contrast("lists", "simcse"),
+    Contrast("lists-shuffled", "lists"),
+    Contrast("lists-mle", "lists"),
+)
+"""One option at a time, against the arm that it is an option of: a family of its own."""

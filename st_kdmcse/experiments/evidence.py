@@ -100,6 +100,7 @@ class Evidence:
         before: scores of the student before training, by measure.
         arms: those with finished runs.
         tested: the contrasts of which both arms have a seed in common.
+        options: likewise, those of one option at a time.
         left_out: why runs are left out.
     """
 
@@ -107,6 +108,7 @@ class Evidence:
     before: dict[str, float]
     arms: list[ArmScores]
     tested: list[Outcome]
+    options: list[Outcome]
     left_out: list[str]
 
     @property
@@ -146,6 +148,7 @@ def gather_evidence(
     student: TrainingOptions,
     cache: Path,
     *,
+    options: Sequence[Contrast] = (),
     left_out: Sequence[str] = (),
     show_progress_bar: bool | None = None,
 ) -> Evidence:
@@ -158,6 +161,7 @@ def gather_evidence(
         tasks: from :func:`evidence_tasks`.
         student: any of the runs, for the student before training.
         cache: folder for that student and its scores; those of a run are kept in its folder.
+        options: a second family of tests, corrected by itself.
         left_out: sentences about runs that are not here, for the report.
         show_progress_bar: None shows one in a terminal, after two seconds.
 
@@ -177,11 +181,13 @@ def gather_evidence(
         each = [measures(tasks, found[run.folder, "last"].similarities, str(run.folder)) for run in members]
         if each:
             scored.append(ArmScores(name, arms[name], members, {key: [one[key] for one in each] for key in each[0]}))
+    by_name = {arm.name: arm for arm in scored}
     return Evidence(
         list(tasks),
         measures(tasks, before, "the student before training"),
         scored,
-        _test(contrasts, {arm.name: arm for arm in scored}),
+        _test(contrasts, by_name),
+        _test(options, by_name),
         list(left_out),
     )
 

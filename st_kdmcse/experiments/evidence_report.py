@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def write_evidence(evidence: Evidence, output: str | Path) -> str:
     with atomic_file(output / "report.md") as file:
         file.write(to_markdown(list(_blocks(evidence))))
     write_json(output / "report.json", _json(evidence))
-    return to_markdown([*_scores(evidence), *_contrasts(evidence)]).rstrip()
+    return to_markdown([*_scores(evidence), *_tests(evidence)]).rstrip()
 
 
 def _blocks(evidence: Evidence) -> Iterator[Block]:
@@ -50,8 +50,7 @@ def _blocks(evidence: Evidence) -> Iterator[Block]:
     yield from _scores(evidence)
     yield Heading("Seed by seed")
     yield from _by_seed(evidence)
-    yield Heading("Contrasts")
-    yield from _contrasts(evidence)
+    yield from _tests(evidence)
     yield Heading("Where the differences are")
     yield from _by_measure(evidence)
     yield Heading("Cost")
@@ -80,17 +79,25 @@ def _by_seed(evidence: Evidence) -> Iterator[Block]:
     yield DataTable(["arm", *(f"seed {seed}" for seed in seeds)], rows)
 
 
-def _contrasts(evidence: Evidence) -> Iterator[Block]:
-    if not evidence.tested:
+def _tests(evidence: Evidence) -> Iterator[Block]:
+    yield Heading("Contrasts")
+    yield from _contrasts(evidence, evidence.tested)
+    if evidence.options:
+        yield Heading("One option at a time")
+        yield from _contrasts(evidence, evidence.options)
+
+
+def _contrasts(evidence: Evidence, family: Sequence[Outcome]) -> Iterator[Block]:
+    if not family:
         yield Paragraph("No contrast has both of its arms.")
         return
     yield Paragraph(
         f"Paired t-tests over seeds of the {PRIMARY}, two-sided; in brackets is p after Holm's correction for the "
-        f"contrasts of this table ({len(evidence.tested)}), which the words follow at 0.05."
+        f"contrasts of this table ({len(family)}), which the words follow at 0.05."
     )
     titles = {arm.name: arm.arm.title for arm in evidence.arms}
     rows = []
-    for tested in evidence.tested:
+    for tested in family:
         difference = tested.differences[PRIMARY]
         first, second, expected = tested.contrast
         rows.append(
@@ -117,7 +124,7 @@ def _by_measure(evidence: Evidence) -> Iterator[Block]:
                 f"{tested.contrast.first} − {tested.contrast.second}",
                 *(f"{tested.differences[name].mean:+.2f} ({_interval(tested.differences[name])})" for name in names),
             ]
-            for tested in evidence.tested
+            for tested in (*evidence.tested, *evidence.options)
         ],
     )
 
@@ -171,6 +178,7 @@ def _json(evidence: Evidence) -> dict[str, Any]:
         "before": evidence.before,
         "arms": [_arm(arm) for arm in evidence.arms],
         "contrasts": [_contrast(tested) for tested in evidence.tested],
+        "options": [_contrast(tested) for tested in evidence.options],
         "left_out": evidence.left_out,
         **provenance(data_sha256={task.name: task.checksum for task in evidence.tasks}),
     }

@@ -16,7 +16,7 @@ from st_kdmcse import FeatureStore
 from st_kdmcse.data import STSPairs, STSTask, load_sts_tasks
 from st_kdmcse.encoding import load_model
 from st_kdmcse.evaluation.sts import evaluate_sts
-from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS, Arm, Contrast
+from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS, OPTIONS, Arm, Contrast
 from st_kdmcse.experiments.evidence import PRIMARY, Outcome, caption_pairs, evidence_tasks, measures
 from st_kdmcse.experiments.grid import arm_grid
 from st_kdmcse.experiments.statistics import PairedDifference, holm, paired_difference
@@ -88,6 +88,7 @@ def test_one_command_trains_scores_and_tests(command, data, tmp_path):
     assert difference == expected._asdict()
     p_values = [each["differences"][PRIMARY]["p"] for each in report["contrasts"]]
     assert [each["p_holm"] for each in report["contrasts"]] == holm(p_values)
+    assert report["options"] == []
     summaries = [json.loads(path.read_text()) for path in sorted(root.glob("*/*/training_summary.json"))]
     assert len(summaries) == 6
     assert all(summary["excluded"] == {"images": 1, "captions": 3} for summary in summaries)
@@ -96,9 +97,13 @@ def test_one_command_trains_scores_and_tests(command, data, tmp_path):
         assert part in text
 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("seed-*/*") if path.is_file()}
-    more = CliRunner().invoke(load_command(COMMAND), command(arms="simcse,mcse"))
+    more = CliRunner().invoke(load_command(COMMAND), command(arms="simcse,mcse,simcse-remove"))
     assert more.exit_code == 0, more.output
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    report = json.loads((root / "report/report.json").read_text())
+    (option,) = report["options"]
+    assert option["p_holm"] == option["differences"][PRIMARY]["p"]  # of a family of its own
+    assert "One option at a time" in more.output
 
 
 def test_arms_of_a_seed_see_the_same_batches(data, tiny_bert, tmp_path, monkeypatch):
@@ -140,6 +145,7 @@ def test_the_permuted_arm_reads_other_pictures(data, tiny_bert, tmp_path):
 
 def test_contrasts_name_main_arms_and_every_arm_has_a_config():
     assert {name for contrast in CONTRASTS for name in contrast[:2]} <= set(MAIN_ARMS) <= ARMS.keys()
+    assert {name for contrast in OPTIONS for name in contrast[:2]} <= ARMS.keys()
     for options in arm_grid(Path("runs"), ARMS, [1], model="m", features=Path("f")):
         options.loss_config()
 
