@@ -11,12 +11,14 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import SEED, Whole, friendly_errors, quiet_libraries
+from st_kdmcse.cli.common import SEED, Whole, cxc_options, friendly_errors, quiet_libraries
 from st_kdmcse.data import FeatureStore
 from st_kdmcse.data.inspection import inspect_store
+from st_kdmcse.data.overlap import find_overlap, load_evaluation_texts, write_overlap
 from st_kdmcse.data.readers import FORMATS
 from st_kdmcse.extraction import ExtractionOptions, extract_dataset, merge
 from st_kdmcse.extraction.merge import skipped_file
+from st_kdmcse.files import check_output_file
 from st_kdmcse.processes import processes
 
 Command = Callable[..., Any]
@@ -114,12 +116,51 @@ def merge_command(store: Path) -> None:
 @Store
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the captions and scores that are drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-def inspect(store: Path, seed: int, as_json: bool) -> None:
-    """Show what is in a feature store: teacher, counts, captions, norms, similarities, and whether it is intact."""
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="SENTEVAL_DIR",
+    help="Name the captions that stand in the STS tasks of a SentEval directory.",
+)
+@cxc_options
+@click.option("--out", type=click.Path(path_type=Path), help="CSV file of those captions, for train --exclude-images.")
+def inspect(
+    store: Path,
+    seed: int,
+    as_json: bool,
+    against: Path | None,
+    cxc: Path | None,
+    coco_captions: tuple[Path, ...],
+    out: Path | None,
+) -> None:
+    """Show what is in a feature store: teacher, counts, captions, norms, similarities, and whether it is intact.
+
+    With --against it also shows which captions stand in evaluation sets, capitals, full stops and white space aside.
+
+    \b
+    st-kdmcse inspect flickr30k-features
+    st-kdmcse inspect flickr30k-features --against SentEval/data/downstream --out overlap.csv
+    """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
     with friendly_errors():
-        report = inspect_store(FeatureStore.open(store), seed=seed)
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if as_json else str(report))
+        if against is None and (out is not None or cxc is not None):
+            raise ValueError("--out and --cxc go with --against")
+        check_output_file(out)
+        opened = FeatureStore.open(store)
+        evaluated = None if against is None else load_evaluation_texts(against, cxc, coco_captions)
+        report = inspect_store(opened, seed=seed)
+        overlap = None if evaluated is None else find_overlap(opened, evaluated)
+        if overlap is not None and out is not None:
+            write_overlap(out, overlap)
+        if as_json:
+            found = report.to_dict() | ({} if overlap is None else {"overlap": overlap.to_dict()})
+            click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+            return
+        click.echo(str(report))
+        if overlap is not None:
+            click.echo(f"\n{overlap}")
+            if out is not None:
+                click.echo(f"listed in {out}; leave the images out with: st-kdmcse train --exclude-images {out}")
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

@@ -171,6 +171,12 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 help="Images of --features to leave out: an id a line, or a .csv with a column image.",
             ),
             click.option(
+                "--exclude-overlap",
+                type=path,
+                metavar="SENTEVAL_DIR",
+                help="Leave out images with a caption that stands in the STS tasks of a SentEval directory.",
+            ),
+            click.option(
                 "--recipe",
                 type=click.Choice(get_args(Recipe)),
                 default="paper",
@@ -307,6 +313,8 @@ def _extraction(given: dict[str, Any], teacher: str) -> ExtractionOptions | None
 def report(summary: dict[str, Any], output_dir: Path) -> str:
     """What a user wants to know at the end of a run, and what to do next."""
     lines = [f"{summary['method']} ({summary['recipe']}): {summary['steps']} steps in {summary['train_seconds']:.0f} s"]
+    if excluded := summary["excluded"]:
+        lines.append(f"left out: {excluded['images']:,} images with {excluded['captions']:,} captions")
     if summary["sts_dev_best"]:
         before, best, last = summary["sts_dev_before"], summary["sts_dev_best"], summary["sts_dev_last"]
         lines += [

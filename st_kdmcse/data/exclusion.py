@@ -30,6 +30,23 @@ class LeftOut:
     rows: RowNumbers
 
 
+def whole_images(rows: RowNumbers, store: FeatureStore) -> LeftOut:
+    """Leave out the images of some captions, with all of their captions.
+
+    Args:
+        rows: (n,) rows of the captions.
+        store: the store.
+
+    Raises:
+        ValueError: if that is all images.
+    """
+    images = np.unique(store.image_rows[rows])
+    left_out = LeftOut(len(images), np.flatnonzero(np.isin(store.image_rows, images)))
+    if len(left_out.rows) == len(store):
+        raise ValueError(f"all images of the feature store {store.path} are left out: none is left to train on")
+    return left_out
+
+
 def read_left_out(path: str | Path, store: FeatureStore) -> LeftOut:
     """Read the images to leave out of a feature store.
 

@@ -169,6 +169,31 @@ def load_sts_tasks(source: str | Path, names: Sequence[str] = STS_TASKS, split: 
     return [check_scorable(task) for task in found]
 
 
+def load_sts_splits(source: str | Path) -> dict[str, STSTask]:
+    """Load all splits of the STS tasks that a folder has.
+
+    Args:
+        source: a folder, as for :func:`load_sts_tasks`.
+
+    Returns:
+        By name, such as "STS12" or "STS-B dev": test splits first, in the order of :data:`STS_TASKS`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a task's folder lacks one of its files.
+        ValueError: if it has none of the tasks, or a row is malformed; names the file and the line.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}: give a SentEval folder, with STS/ and SICK/ in it")
+    tasks = {task.name: task for task in load_sts_tasks(folder)}
+    for name in ("STS-B", "SICK-R"):
+        in_test = name == "SICK-R" and (folder / _REPOSITORIES[name]).is_dir()  # on the hub, all its pairs are
+        for split in () if in_test else ("dev", "train"):
+            if task := _local_task(folder, name, split):
+                tasks[f"{name} {split}"] = task
+    return tasks
+
+
 def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
     """Load a split of the STS Benchmark.
 

@@ -204,7 +204,10 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False, jo
     for options in runs:
         if not (options.output_dir / RUN_NAME).is_file():
             continue
-        data = (options.text, options.features, options.exclude_images, options.eval_data, options.eval_steps > 0)
+        data = (
+            *(options.text, options.features, options.exclude_images, options.exclude_overlap),
+            *(options.eval_data, options.eval_steps > 0),
+        )
         if data not in checksums:
             checksums[data] = data_checksums(options)
         changes = changes_since_start(options, checksums[data])

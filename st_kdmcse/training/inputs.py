@@ -13,11 +13,12 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from st_kdmcse.data import FeatureStore, STSPairs, import_released_json, load_sts_benchmark, read_sentences
-from st_kdmcse.data.exclusion import LeftOut, read_left_out
+from st_kdmcse.data.exclusion import LeftOut, read_left_out, whole_images
+from st_kdmcse.data.overlap import EvaluationTexts, Overlap, find_overlap, load_evaluation_texts
 from st_kdmcse.data.permuted import PermutedFeatureStore
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.extraction import extract_dataset
-from st_kdmcse.files import sha256_file
+from st_kdmcse.files import progress_bar, sha256_file
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import FEATURES_NAME
 from st_kdmcse.training.schedule import pair_rows
@@ -25,7 +26,8 @@ from st_kdmcse.training.student import build_student, encoder_folder
 
 logger = logging.getLogger(__name__)
 
-_EXCLUDED = "excluded images"
+_EXCLUDED, _EVALUATED = "excluded images", "evaluation sets"
+_SENTENCES_AT_A_TIME = 10_000
 _PARAMETERS = {"text": "text", "pairs": "features"}  # that the sources come from
 
 
@@ -36,7 +38,9 @@ class TrainingInputs:
     Attributes:
         sources: the datasets "text" and "pairs", as far as there are any.
         store: the teacher features, or None.
-        left_out: what ``exclude_images`` leaves out of the pairs, or None.
+        left_out: what ``exclude_images`` and ``exclude_overlap`` leave out of the pairs, or None.
+        overlap: with ``exclude_overlap``, the number of "images" and "captions" that stand in the evaluation sets, and
+            of "text" sentences, which are trained on all the same; else None.
         dev: STS-B dev, None without evaluation.
         test: STS-B test, None without evaluation.
         checksums: SHA-256 of the data by name, see :func:`data_checksums`.
@@ -45,6 +49,7 @@ class TrainingInputs:
     sources: dict[str, Dataset]
     store: FeatureStore | None
     left_out: LeftOut | None
+    overlap: dict[str, int] | None
     dev: STSPairs | None
     test: STSPairs | None
     checksums: dict[str, str]
@@ -64,7 +69,8 @@ class TrainingInputs:
         dev, test = _load_sts(options)
         sources: dict[str, Dataset] = {}
         checksums = _sts_checksums(dev, test)
-        store = left_out = None
+        store = left_out = counts = None
+        evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
         if options.text is not None:
             sources["text"] = read_sentences(options.text, options.text_column, options.deduplicate)
             checksums["text"] = sha256_file(options.text)
@@ -76,13 +82,17 @@ class TrainingInputs:
                 store.verify()
             pairs = store.dataset(captions_per_image=options.captions_per_image, seed=options.seed)
             checksums["features"] = store.checksum
-            if options.exclude_images is not None:
-                left_out = read_left_out(options.exclude_images, store)
+            overlap = None if evaluated is None else find_overlap(store, evaluated)
+            left_out = _left_out(options, store, overlap)
+            if left_out is not None:
                 pairs = pairs.select(np.flatnonzero(~np.isin(pair_rows(pairs), left_out.rows)))
-                checksums[_EXCLUDED] = sha256_file(options.exclude_images)
                 logger.info("left out %d images with %d captions", left_out.images, len(left_out.rows))
+            if evaluated is not None and overlap is not None:
+                sentences = _count_overlap(sources.get("text"), evaluated)
+                counts = {"images": overlap.images, "captions": len(overlap.captions), "text": sentences}
             sources["pairs"] = pairs
-        return cls(sources, store, left_out, dev, test, checksums)
+        checksums |= _exclusion_checksums(options, evaluated)
+        return cls(sources, store, left_out, counts, dev, test, checksums)
 
 
 def check_sizes(sources: Mapping[str, Dataset], batch_size: int) -> None:
@@ -124,13 +134,13 @@ def check_inputs(options: TrainingOptions) -> None:
     _check_paths(options)
     encoder_type(options.model)
     _load_sts(options)
+    evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
     if options.text is not None:
         read_sentences(options.text, options.text_column, options.deduplicate)
     if options.features is not None and options.extraction is None and options.features.is_dir():
         store = FeatureStore.open(options.features)
         store.verify()
-        if options.exclude_images is not None:
-            read_left_out(options.exclude_images, store)
+        _left_out(options, store, None if evaluated is None else find_overlap(store, evaluated))
     try:
         build_student(options.model, options.max_seq_length, options.pooling)
     except ValueError:
@@ -142,7 +152,8 @@ def check_inputs(options: TrainingOptions) -> None:
 def data_checksums(options: TrainingOptions) -> dict[str, str]:
     """SHA-256 of the data of a run by name.
 
-    The names are "text", "features", "excluded images", and where it evaluates "sts-dev" and "sts-test".
+    The names are "text", "features", "excluded images", "evaluation sets" (of ``exclude_overlap``), and where it
+    evaluates "sts-dev" and "sts-test".
 
     Args:
         options: the run, with its features, if any, in a feature store.
@@ -156,9 +167,8 @@ def data_checksums(options: TrainingOptions) -> dict[str, str]:
         checksums["text"] = sha256_file(options.text)
     if options.features is not None:
         checksums["features"] = FeatureStore.open(options.features).checksum
-    if options.exclude_images is not None:
-        checksums[_EXCLUDED] = sha256_file(options.exclude_images)
-    return checksums
+    evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
+    return checksums | _exclusion_checksums(options, evaluated)
 
 
 def encoder_type(model: str) -> str:
@@ -180,7 +190,7 @@ def encoder_type(model: str) -> str:
 
 
 def _check_paths(options: TrainingOptions) -> None:
-    for name in ("text", "features", "exclude_images"):
+    for name in ("text", "features", "exclude_images", "exclude_overlap"):
         path = getattr(options, name)
         written = name == "features" and options.extraction is not None
         if path is not None and not path.exists() and not written:
@@ -196,6 +206,35 @@ def _load_sts(options: TrainingOptions) -> tuple[STSPairs | None, STSPairs | Non
 
 def _sts_checksums(*splits: STSPairs | None) -> dict[str, str]:
     return {pairs.name: STSTask("STS-B", (pairs,)).checksum for pairs in splits if pairs is not None}
+
+
+def _left_out(options: TrainingOptions, store: FeatureStore, overlap: Overlap | None) -> LeftOut | None:
+    """What a run leaves out of its pairs; None if nothing is to be."""
+    listed = None if options.exclude_images is None else read_left_out(options.exclude_images, store)
+    if overlap is None:
+        return listed
+    return whole_images(overlap.rows if listed is None else np.concatenate([listed.rows, overlap.rows]), store)
+
+
+def _count_overlap(text: Dataset | None, evaluated: EvaluationTexts) -> int:
+    """How many sentences of the text stand in evaluation sets; warns if there are any."""
+    if text is None:
+        return 0
+    found = 0
+    with progress_bar(len(text), "Comparing with the evaluation sets", "sentence") as progress:
+        for batch in text.iter(_SENTENCES_AT_A_TIME):
+            found += evaluated.count(batch["sentence"])
+            progress.update(len(batch["sentence"]))
+    if found:
+        logger.warning("%d sentences of `text` stand in the evaluation sets, and are trained on all the same", found)
+    return found
+
+
+def _exclusion_checksums(options: TrainingOptions, evaluated: EvaluationTexts | None) -> dict[str, str]:
+    checksums = {} if evaluated is None else {_EVALUATED: evaluated.checksum}
+    if options.exclude_images is not None:
+        checksums[_EXCLUDED] = sha256_file(options.exclude_images)
+    return checksums
 
 
 def _open_features(options: TrainingOptions, state: PartialState) -> FeatureStore:

@@ -43,6 +43,8 @@ class TrainingOptions:
         extraction: the image-caption data set and the teacher that features come from.
         exclude_images: a list of images of the features to leave out of the training: an id a line, or a CSV file with
             a column ``image``.
+        exclude_overlap: SentEval directory; images with a caption that stands in its STS tasks, whatever the split, are
+            left out as well.
         permute_images: give the captions of each image the features of another one, drawn by ``seed``: a control, for
             experiments.
         recipe: the paper's choices, those of its released code, or "grounded", which goes beyond them. It also sets
@@ -90,6 +92,7 @@ class TrainingOptions:
     features: Path | None = None
     extraction: ExtractionOptions | None = None
     exclude_images: Path | None = None
+    exclude_overlap: Path | None = None
     permute_images: bool = False
     recipe: Recipe = "paper"
     method: str = "kdmcse"
@@ -145,8 +148,9 @@ class TrainingOptions:
             )
         if self.text is None and not self.has_features:
             raise ValueError("there is nothing to train on: give `text`, `features`, or both")
-        if self.exclude_images is not None and not self.has_features:
-            raise ValueError("`exclude_images` names images of `features`: give both, or none")
+        for name in ("exclude_images", "exclude_overlap"):
+            if getattr(self, name) is not None and not self.has_features:
+                raise ValueError(f"`{name}` leaves images of `features` out: give both, or none")
         choices = {"recipe": Recipe, "pooling": PoolingMode, "head_init": HeadInit}
         for name, allowed in ((name, get_args(kind)) for name, kind in choices.items()):
             if getattr(self, name) not in allowed:

@@ -37,7 +37,7 @@ _STATE_FILES = (
 # compared.
 _FREE_TO_CHANGE = frozenset(
     {"resume", "report_to", "output_dir", "workers", "save_steps"}
-    | {"text", "features", "extraction", "eval_data", "exclude_images"}
+    | {"text", "features", "extraction", "eval_data", "exclude_images", "exclude_overlap"}
 )
 _DAMAGED = "remove its folder and train again"
 

@@ -95,6 +95,7 @@ def training_summary(
         "data_sha256": inputs.checksums,
         "teacher": inputs.store.teacher if inputs.store else None,
         "excluded": inputs.left_out and {"images": inputs.left_out.images, "captions": len(inputs.left_out.rows)},
+        "overlap": inputs.overlap,
         "filters": [asdict(branch) for branch in filters],
         "sts_dev_before": run.get("score_before"),
         "sts_dev_curve": curve,

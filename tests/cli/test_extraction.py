@@ -6,6 +6,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from helpers import copy_tree
+from small_runs import write_data
 
 from st_kdmcse import FeatureStore
 from st_kdmcse.cli.main import main
@@ -100,3 +101,19 @@ def test_a_store_that_is_none(tmp_path, store):
     result = run("inspect", damaged)
     assert result.exit_code == 0, result.output
     assert "image_features.npy is damaged" in result.output
+
+
+def test_captions_of_evaluation_sets_are_named(tmp_path, store, sentences):
+    data = write_data(tmp_path, sentences, store)
+    dev = data / "STS/STSBenchmark/sts-dev.csv"
+    dev.write_text(dev.read_text() + f"main\tfile\t2012\t0\t2.5\t{store.caption(4)}\tnothing\n")
+    listed = tmp_path / "overlap.csv"
+    result = run("inspect", data / "features", "--against", data, "--out", listed)
+    assert result.exit_code == 0, result.output
+    assert "1 of 24 images have a caption that stands in the evaluation sets" in result.output
+    assert f"train --exclude-images {listed}" in result.output
+    assert listed.read_text() == f"image,caption,row,sets\n1.jpg,{store.caption(4)},4,STS-B dev\n"
+    result = run("inspect", data / "features", "--against", data, "--json")
+    assert json.loads(result.output)["overlap"]["by_set"] == {"STS-B dev": 1}
+    assert "--out and --cxc go with --against" in run("inspect", data / "features", "--out", listed).output
+    assert "there is no folder" in run("inspect", data / "features", "--against", tmp_path / "nowhere").output

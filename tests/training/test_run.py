@@ -193,6 +193,36 @@ def test_images_can_be_left_out(data, tiny_bert, tmp_path, monkeypatch):
     assert changes_since_start(options) == ["the excluded images data have changed"]
 
 
+def test_images_that_are_evaluated_on_can_be_left_out(data, tiny_bert, tmp_path, caplog):
+    copy_tree(data / "STS", tmp_path / "senteval" / "STS")
+    store = FeatureStore.open(data / "features")
+    dev = tmp_path / "senteval" / "STS" / "STSBenchmark" / "sts-dev.csv"
+    one, two = store.caption(9), store.caption(10)
+    dev.write_text(dev.read_text() + f"main\tfile\t2012\t0\t2.5\t{one.upper()} .\t{two}\n")
+    (tmp_path / "list.csv").write_text("3.jpg\n5.jpg\n")
+    (tmp_path / "text.txt").write_text(f"{one}\n{store.caption(0)}\n{two}.\n")
+    options = TrainingOptions(
+        model=str(tiny_bert),
+        text=tmp_path / "text.txt",
+        features=data / "features",
+        exclude_images=tmp_path / "list.csv",
+        exclude_overlap=tmp_path / "senteval",
+        output_dir=tmp_path / "out",
+        max_steps=2,
+        batch_size=8,
+        eval_steps=0,
+    )
+    summary = train(options)
+    assert summary["overlap"] == {"images": 1, "captions": 2, "text": 2}
+    assert summary["excluded"] == {"images": 2, "captions": 6}
+    assert "2 sentences of `text` stand in the evaluation sets" in caplog.text
+    assert changes_since_start(options) == []
+    without = replace(options, exclude_overlap=None)
+    assert changes_since_start(without) == ["the evaluation sets data have changed"]
+    dev.write_text(dev.read_text().replace("2.5", "3.5"))
+    assert changes_since_start(options) == ["the evaluation sets data have changed"]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 def test_a_compiled_student_learns_the_same(arguments, still_bert, tmp_path):
     losses = []
@@ -342,8 +372,9 @@ def one_score(path):
         (None, {"method": "simcse", "margin": 0.1}, "method simcse has no option --margin"),
         (None, {"method": "kdmcse-without-adapacse", "margin": 0.1}, "has no option --margin"),
         (None, {"max-steps": 0}, "--max-steps must be positive"),
+        (None, {"exclude-overlap": "nowhere"}, "--exclude-overlap nowhere does not exist"),
         (None, {"exclude-images": "nowhere.csv"}, "--exclude-images nowhere.csv does not exist"),
-        (None, {"exclude-images": "x", "features": None, "method": "simcse"}, "--exclude-images names images of"),
+        (None, {"exclude-images": "x", "features": None, "method": "simcse"}, "--exclude-images leaves images of"),
         (
             lambda d: (d / "list.txt").write_text("3.jpg\n99.jpg\n"),
             {"exclude-images": "list.txt"},
