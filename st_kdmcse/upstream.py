@@ -1,6 +1,6 @@
-"""Private parts of sentence-transformers and transformers that this package overrides or calls, all in one place.
+"""Private parts of sentence-transformers, transformers and optuna that this package overrides or calls, in one place.
 
-A new version of either may move them. ``tests/test_upstream.py`` has a test for each, which fails by its name.
+A new version of any may move them. ``tests/test_upstream.py`` has a test for each, which fails by its name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -46,7 +46,12 @@ __all__ = [
     "nested_gather",
     "shrink",
     "token_positions",
+    "trial_again",
 ]
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
 
 NO_LAYERS = (
     "AdaptiveLayerLoss and Matryoshka2dLoss do not work with the losses of st_kdmcse, which double a batch themselves: "
@@ -144,6 +149,13 @@ def leave_autocast(model: nn.Module) -> None:
     if hasattr(model, "_original_forward"):
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
         vars(model).pop("_is_accelerate_prepared", None)
+
+
+def trial_again(study: Study, trial: FrozenTrial) -> Trial:
+    """A trial of a study that another process has begun, to go on with: it keeps what was suggested and reported."""
+    from optuna import Trial  # of the extra `tune`
+
+    return Trial(study, trial._trial_id)
 
 
 @dataclass(frozen=True)

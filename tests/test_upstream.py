@@ -1,4 +1,4 @@
-"""Private parts of sentence-transformers and transformers: each test fails by name when a version moves its part."""
+"""Private parts of the libraries: each test fails by name when a version moves its part."""
 
 import inspect
 from contextlib import contextmanager
@@ -233,3 +233,19 @@ def test_a_model_leaves_autocast_after_training_and_gets_it_again(student, sente
         computed.clear()
         student.encode(sentences[:2])
         assert computed == {torch.float32}, f"{MEND}the model computes in autocast after training"
+
+
+def test_a_trial_is_gone_on_with_as_it_was(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    first = optuna.create_study(study_name="s", storage=storage)
+    trial = first.ask()
+    value = trial.suggest_float("lr", 0.0, 1.0)
+    trial.report(0.5, 1)
+    again = optuna.load_study(study_name="s", storage=storage)
+    (found,) = again.trials
+    assert found.state.name == "RUNNING"
+    trial = upstream.trial_again(again, found)
+    assert trial.suggest_float("lr", 0.0, 1.0) == value, f"{MEND}a trial forgets its parameters"
+    again.tell(trial, 0.25)
+    assert [(each.value, each.intermediate_values) for each in again.trials] == [(0.25, {1: 0.5})]

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import ListType, compare_grid, finish, grid_options, prepare_report, report_files, split_options
+from st_kdmcse.cli.common import ListType, friendly_errors, quiet_libraries
+from st_kdmcse.cli.grid import compare_grid, finish, grid_options, prepare_report, report_files, split_options
 from st_kdmcse.experiments.grid import method_grid, run_grid
 from st_kdmcse.experiments.report import write_report
 from st_kdmcse.training.methods import METHODS

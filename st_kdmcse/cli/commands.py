@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+OPTIONS_OF_A_FILE = "YAML"
+"""The name of a type of options whose values are themselves options by name."""
+
 _EXTRACTION = "extraction"
 _TRACEBACK = "st_kdmcse.traceback"
-_OF_A_NEW_RUN = ("output_dir", "resume")
+_RECORD = "st_kdmcse.record"
+_OF_A_NEW_RUN = ("output_dir", "resume", "run_name", "push_to_hub", "private")
 
 
 class Command(click.Command):
@@ -52,6 +56,12 @@ def shows_tracebacks() -> bool:
     return context is not None and bool(context.meta.get(_TRACEBACK))
 
 
+def repeated_run() -> Mapping[str, Any] | None:
+    """The record of the run that ``--config`` names for the command that runs; None if it names none."""
+    record: Mapping[str, Any] | None = click.get_current_context().meta.get(_RECORD)
+    return record
+
+
 def _option(flag: str, callback: Callable[..., None], text: str, **settings: Any) -> click.Option:
     return click.Option([flag], is_eager=True, expose_value=False, callback=callback, help=text, **settings)
 
@@ -65,18 +75,23 @@ def _with_width(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_defaults(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    if path is not None:
-        context.default_map = {**(context.default_map or {}), **_options_of(context.command, path)}
+    if path is None:
+        return
+    content = _read(path)
+    if "data_sha256" in content and isinstance(content.get("options"), Mapping):
+        context.meta[_RECORD] = content
+        content = _of_run(content)
+    context.default_map = {**(context.default_map or {}), **_options_of(context.command, path, content)}
 
 
-def _options_of(command: click.Command, path: Path) -> dict[str, Any]:
+def _options_of(command: click.Command, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a file by the names of the command's parameters."""
-    parameters = {name: each for each in command.params for name in _names(each)}
+    parameters = parameters_by_name(command)
     found: dict[str, Any] = {}
-    for key, value in _read(path).items():
+    for key, value in content.items():
         name = str(key).lstrip("-").replace("-", "_")
         if name not in parameters:
-            raise click.UsageError(f"{path}: there is no option {key!r}{_nearest(name, list(parameters))}")
+            raise click.UsageError(f"{path}: there is no option {key!r}{nearest(name, parameters)}")
         chosen = parameters[name]
         assert chosen.name is not None
         if chosen.name in found:
@@ -84,6 +99,17 @@ def _options_of(command: click.Command, path: Path) -> dict[str, Any]:
         if value is not None:
             found[chosen.name] = _value(path, str(key), chosen, value)
     return found
+
+
+def parameters_by_name(command: click.Command) -> dict[str, click.Parameter]:
+    """The parameters of a command by what a file may call them, with underscores."""
+    return {name: each for each in command.params for name in _names(each)}
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """A hint at the name that was meant, for the end of a message."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f": did you mean {near[0].replace('_', '-')!r}?" if near else ""
 
 
 def _names(parameter: click.Parameter) -> list[str]:
@@ -100,6 +126,8 @@ def _value(path: Path, key: str, parameter: click.Parameter, value: Any) -> Any:
     if is_flag != isinstance(value, bool):
         wanted = "true or false" if is_flag else "a text or number; put it in quotes if it is a text"
         raise click.UsageError(f"{path}: {key!r} is {json.dumps(value, default=str)}, expected {wanted}")
+    if parameter.type.name == OPTIONS_OF_A_FILE:
+        return value
     if isinstance(value, Mapping) or (isinstance(value, list) and not takes_list):
         raise click.UsageError(f"{path}: {key!r} takes one value, got {json.dumps(value, default=str)}")
     if parameter.multiple or parameter.nargs != 1:
@@ -107,13 +135,8 @@ def _value(path: Path, key: str, parameter: click.Parameter, value: Any) -> Any:
     return value
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f": did you mean {near[0].replace('_', '-')!r}?" if near else ""
-
-
 def _read(path: Path) -> Mapping[str, Any]:
-    """The options in a file; of a run, those that it was started with."""
+    """What is in a file."""
     import yaml  # not before it is needed: the list of commands is shown in a tenth of a second
 
     try:
@@ -125,8 +148,6 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise click.UsageError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
         raise click.UsageError(f"--config {path}: expected options by name, one a line, as in `batch-size: 64`")
-    if "data_sha256" in content and isinstance(content.get("options"), Mapping):
-        return _of_run(content)
     return content
 
 

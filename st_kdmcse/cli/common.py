@@ -124,6 +124,28 @@ class Whole(click.types.IntParamType):
         return number
 
 
+class ListType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A list separated by commas.
+
+    Args:
+        kind: of each part.
+    """
+
+    name = "A,B,..."
+
+    def __init__(self, kind: Callable[[str], Any] = str) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The parts as a list."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [self._kind(part.strip()) for part in str(value).split(",") if part.strip()]
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
 NUMBER = _Finite()
 """The type of options that are numbers."""
 COUNT = Whole(-(2**31))

@@ -22,7 +22,7 @@ from st_kdmcse.experiments.runs import read_run
 
 Command = Callable[..., Any]
 
-_SET_BY_THE_GRID = {"method", "seed", "output_dir", "resume"}
+_SET_BY_THE_GRID = {"method", "seed", "output_dir", "resume", "run_name", "push_to_hub", "private"}
 
 
 class SeedsType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -41,28 +41,6 @@ class SeedsType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         if not seeds or min(seeds) < 0:
             self.fail(f"{value!r} is neither a number of seeds, such as 5, nor a list, such as 0,1,2 or 7,", param, ctx)
         return seeds
-
-
-class ListType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    """A list separated by commas.
-
-    Args:
-        kind: of each part.
-    """
-
-    name = "A,B,..."
-
-    def __init__(self, kind: Callable[[str], Any] = str) -> None:
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The parts as a list."""
-        if isinstance(value, list):
-            return value
-        try:
-            return [self._kind(part.strip()) for part in value.split(",") if part.strip()]
-        except ValueError as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
 
 
 def grid_options(*, config: bool = True, without: Collection[str] = ()) -> Callable[[Command], Command]:

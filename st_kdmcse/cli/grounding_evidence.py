@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from st_kdmcse.cli.commands import command
-from st_kdmcse.cli.common import Whole, cxc_options, friendly_errors, quiet_libraries
-from st_kdmcse.cli.grid import ListType, finish, grid_options
+from st_kdmcse.cli.common import ListType, Whole, cxc_options, friendly_errors, quiet_libraries
+from st_kdmcse.cli.grid import finish, grid_options
 from st_kdmcse.experiments.arms import ARMS, CONTRASTS, MAIN_ARMS, OPTIONS
 from st_kdmcse.experiments.evidence import evidence_tasks, gather_evidence
 from st_kdmcse.experiments.evidence_report import write_evidence

@@ -12,20 +12,32 @@ import click
 from click.core import ParameterSource
 
 from st_kdmcse.cli.commands import command as make_command
-from st_kdmcse.cli.common import COUNT, NUMBER, SEED, friendly_errors, quiet_libraries
+from st_kdmcse.cli.commands import repeated_run
+from st_kdmcse.cli.common import COUNT, NUMBER, SEED, ListType, friendly_errors, quiet_libraries
 from st_kdmcse.cli.extraction import extraction_options
 from st_kdmcse.config import KDMCSEConfig, Recipe, Threshold, Weight
 from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.training.head_init import HeadInit
+from st_kdmcse.training.hub import PushError
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
 from st_kdmcse.training.presets import PRESETS, DatasetPreset
 from st_kdmcse.training.run import train
+from st_kdmcse.training.run_folder import ChangedError
 from st_kdmcse.training.student import PoolingMode
 
 Command = Callable[..., Any]
 
 _EXTRACTION = "extraction_"
+_FEATURES = ("features", "extraction_captions")
+_SOURCE_OF = {
+    "text": ("text", "text_column"),
+    "features": _FEATURES,
+    "excluded images": ("exclude_images",),
+    **dict.fromkeys(("sts-dev", "sts-test"), ("eval_data",)),
+    **dict.fromkeys(("weights", "configuration", "tokenizer"), ("model",)),
+}
+"""The parameters that what a run is made of comes from, by its name in the record."""
 _TITLES = {
     "flickr": "Wikipedia and Flickr30k (29,783 training images)",
     "coco": "Wikipedia and MS-COCO (82,783 training images of 2014)",
@@ -199,6 +211,11 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 type=COUNT,
                 help="Sentences in a forward pass: caches gradients, for a --batch-size beyond memory.  [off]",
             ),
+            click.option(
+                "--matryoshka-dims",
+                type=ListType(int),
+                help="Sizes that embeddings can be cut to, such as 384,256,128, the whole one among them.  [off]",
+            ),
             click.option("--lr", type=NUMBER, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
             click.option(
                 "--head-lr", "head_learning_rate", type=NUMBER, help="Peak learning rate of the heads.  [that of --lr]"
@@ -251,7 +268,17 @@ def training_options(command: Command, output_dir: Path) -> Command:
             click.option(
                 "--workers", type=COUNT, default=default.workers, show_default=True, help="Tokenizing processes."
             ),
-            click.option("--report-to", default=default.report_to, show_default=True, help="tensorboard, wandb, ..."),
+            click.option(
+                "--report-to",
+                default=default.report_to,
+                show_default=True,
+                help="Trackers of curves: tensorboard, wandb, trackio, ..., separated by commas.",
+            ),
+            click.option("--run-name", help="What trackers call the run.  [--output-dir]"),
+            click.option(
+                "--push-to-hub", metavar="REPO", help="Repository of the Hugging Face hub for model, card and heads."
+            ),
+            click.option("--private", is_flag=True, help="Make that a private repository."),
             click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output-dir."),
         ]
     ):
@@ -288,9 +315,27 @@ def run_training(arguments: dict[str, Any], preset: DatasetPreset) -> None:
                 if name not in names and not name.startswith(_EXTRACTION)
             },
         )
-        summary = train(options)
+        try:
+            summary = train(options, repeats=_repeated())
+        except ChangedError as error:
+            flags = " and ".join(f"`{name}`" for name in dict.fromkeys(_SOURCE_OF[name][0] for name in error.names))
+            raise ValueError(
+                f"{error}. Restore it, or name {flags} on the command line too, to train on it as it is"
+            ) from error
+        except PushError as error:
+            click.echo(report(error.summary, options.output_dir))
+            raise
     if summary:
         click.echo(report(summary, options.output_dir))
+
+
+def _repeated() -> dict[str, str]:
+    """SHA-256 of data and student of the run that ``--config`` repeats, but for those named on the command line."""
+    record = repeated_run() or {}
+    context = click.get_current_context()
+    named = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    checksums = {**record.get("data_sha256", {}), **record.get("student_sha256", {})}
+    return {name: each for name, each in checksums.items() if not named & set(_SOURCE_OF.get(name, ()))}
 
 
 def _extraction(given: dict[str, Any], teacher: str) -> ExtractionOptions | None:
@@ -310,7 +355,7 @@ def _extraction(given: dict[str, Any], teacher: str) -> ExtractionOptions | None
     return None
 
 
-def report(summary: dict[str, Any], output_dir: Path) -> str:
+def report(summary: Mapping[str, Any], output_dir: Path) -> str:
     """What a user wants to know at the end of a run, and what to do next."""
     lines = [f"{summary['method']} ({summary['recipe']}): {summary['steps']} steps in {summary['train_seconds']:.0f} s"]
     if excluded := summary["excluded"]:
@@ -322,6 +367,9 @@ def report(summary: dict[str, Any], output_dir: Path) -> str:
             f"(step {best['step']}), {100 * last['spearman']:.2f} last",
             f"STS-B test of the best:    {100 * summary['sts_test_of_best']:.2f}",
         ]
+        for scores in summary["sts_by_size"]:
+            dev, test = 100 * scores["dev"], 100 * scores["test"]
+            lines.append(f"  cut to {scores['size']} dimensions: {dev:.2f} dev, {test:.2f} test")
         lines.append(f"best model: {output_dir}, last model: {output_dir / 'last'}")
     else:
         lines.append(f"model: {output_dir} (of the last step: there was no evaluation)")

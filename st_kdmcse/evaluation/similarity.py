@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,37 @@ def sts_evaluator(pairs: STSPairs, name: str) -> TokenizedSimilarityEvaluator:
     return TokenizedSimilarityEvaluator(pairs.sentences1, pairs.sentences2, pairs.scores, name=name)
 
 
-def spearman(evaluator: TokenizedSimilarityEvaluator, model: SentenceTransformer) -> float:
+def spearman_by_size(
+    evaluator: TokenizedSimilarityEvaluator, model: SentenceTransformer, sizes: Sequence[int]
+) -> dict[int, float]:
+    """The main score of the first dimensions of embeddings, from -1 to 1; the model's card gets each as ``NAME-SIZE``.
+
+    Args:
+        evaluator: of sentence pairs, which are encoded once for all sizes.
+        model: any sentence-transformers model.
+        sizes: numbers of dimensions, as ``truncate_dim`` of the model.
+    """
+    if not sizes:
+        return {}
+    whole = {id(each): evaluator.embed_inputs(model, each) for each in (evaluator.sentences1, evaluator.sentences2)}
+    return {size: spearman(_OfEmbeddings(evaluator, whole, size), model) for size in sizes}
+
+
+class _OfEmbeddings(EmbeddingSimilarityEvaluator):
+    """The stock evaluator of embeddings that are there already, of which it reads the first dimensions."""
+
+    def __init__(
+        self, evaluator: EmbeddingSimilarityEvaluator, whole: Mapping[int, npt.NDArray[np.float32]], size: int
+    ) -> None:
+        name = f"{evaluator.name}-{size}"
+        super().__init__(evaluator.sentences1, evaluator.sentences2, evaluator.scores, name=name, truncate_dim=size)
+        self._whole = whole
+
+    def embed_inputs(self, model: SentenceTransformer, sentences: Any, **kwargs: Any) -> npt.NDArray[np.float32]:
+        return self._whole[id(sentences)][:, : self.truncate_dim]
+
+
+def spearman(evaluator: EmbeddingSimilarityEvaluator, model: SentenceTransformer) -> float:
     """The main score of a model, from -1 to 1.
 
     Raises:

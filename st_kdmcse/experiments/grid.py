@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from st_kdmcse.data import import_released_json, sha256_file
 from st_kdmcse.experiments.arms import Arm
@@ -235,7 +236,7 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False, jo
     for options in runs:
         if options not in left:
             drop_checkpoints(options)
-    outcomes = _one_by_one(left, announce) if jobs == 1 else train_side_by_side(left, _train, announce, jobs)
+    outcomes = _one_by_one(left, announce) if jobs == 1 else train_side_by_side(left, train_or_go_on, announce, jobs)
     for options, error in outcomes:
         if error is not None:
             failed[options.output_dir] = error
@@ -243,6 +244,41 @@ def run_grid(runs: Sequence[TrainingOptions], keep_checkpoints: bool = False, jo
         trained += 1
         drop_checkpoints(options)
     return GridResult([options.output_dir for options in runs if options.output_dir not in failed], failed)
+
+
+def train_or_go_on(options: TrainingOptions, callbacks: Sequence[TrainerCallback] = ()) -> str | None:
+    """Train, or go on with a run that was interrupted.
+
+    Args:
+        options: the run.
+        callbacks: of the trainer, beside those of any run.
+
+    Returns:
+        The error, if the run failed; it is recorded in a file beside the folder.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
+    """
+    record = options.output_dir.with_name(f"{options.output_dir.name}.failed.json")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # the summary states the run's own
+    stop = StopOnSignal()
+    try:
+        train(replace(options, resume=(options.output_dir / RUN_NAME).is_file()), stop, callbacks=callbacks)
+    except Interrupted as interruption:
+        raise Interrupted(f"stopped in {options.output_dir}; the same command goes on from there") from interruption
+    except Exception as error:  # noqa: BLE001 - whatever befalls a run, the others go on
+        message = f"{type(error).__name__}: {error}"
+        content = {"error": message, "traceback": traceback.format_exc().splitlines()}
+        write_json(record, {**content, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+        logger.error("the run in %s failed and is left out: %s (details: %s)", options.output_dir, message, record)
+        return message
+    finally:
+        gc.collect()  # a trainer and its model refer to each other
+    record.unlink(missing_ok=True)
+    if stop.requested:
+        raise Interrupted(f"stopped; {options.output_dir} is finished, and the same command goes on with the next run")
+    return None
 
 
 def _checked(options: Any) -> list[TrainingOptions]:
@@ -276,34 +312,10 @@ def _one_by_one(
 ) -> Iterator[tuple[TrainingOptions, str | None]]:
     for options in runs:
         announce(options)
-        yield options, _train(options)
+        yield options, train_or_go_on(options)
 
 
 def _announce(options: TrainingOptions, number: int, total: int, done: int, trained: int, seconds: float) -> None:
     left = f", about {seconds / trained * (total - done) / 60:.0f} min left" if trained else ""
     verb = "go on with" if (options.output_dir / RUN_NAME).is_file() else "train"
     logger.info("run %d of %d: %s %s (%d finished%s)", number, total, verb, options.output_dir, done, left)
-
-
-def _train(options: TrainingOptions) -> str | None:
-    """Train or go on; the error, if there is one."""
-    record = options.output_dir.with_name(f"{options.output_dir.name}.failed.json")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # the summary states the run's own
-    stop = StopOnSignal()
-    try:
-        train(replace(options, resume=(options.output_dir / RUN_NAME).is_file()), stop)
-    except Interrupted as interruption:
-        raise Interrupted(f"stopped in {options.output_dir}; the same command goes on from there") from interruption
-    except Exception as error:  # noqa: BLE001 - whatever befalls a run, the others go on
-        message = f"{type(error).__name__}: {error}"
-        content = {"error": message, "traceback": traceback.format_exc().splitlines()}
-        write_json(record, {**content, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-        logger.error("the run in %s failed and is left out: %s (details: %s)", options.output_dir, message, record)
-        return message
-    finally:
-        gc.collect()  # a trainer and its model refer to each other
-    record.unlink(missing_ok=True)
-    if stop.requested:
-        raise Interrupted(f"stopped; {options.output_dir} is finished, and the same command goes on with the next run")
-    return None

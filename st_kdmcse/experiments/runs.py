@@ -25,7 +25,7 @@ from st_kdmcse.files import LOCK, atomic_file, progress_bar, write_json
 from st_kdmcse.provenance import provenance
 from st_kdmcse.training.methods import METHODS
 from st_kdmcse.training.options import TrainingOptions
-from st_kdmcse.training.run_folder import CHECKPOINTS_NAME, LAST_NAME, RUN_NAME, SUMMARY_NAME
+from st_kdmcse.training.run_folder import CHECKPOINTS_NAME, LAST_NAME, RUN_NAME, SCORES_NAME, SUMMARY_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ Checkpoint = Literal["best", "last"]
 _MODULES = "modules.json"
 _WEIGHTS = "model.safetensors"
 _NOT_LOADED = {SUMMARY_NAME, RUN_NAME, LOCK, "README.md"}
-_CACHE = "evaluation"
 _DEFAULTS: Mapping[str, KDMCSEConfig] = {recipe: getattr(KDMCSEConfig, recipe)() for recipe in get_args(Recipe)}
 _SHARED_OPTIONS = (
     "model",
@@ -46,6 +45,7 @@ _SHARED_OPTIONS = (
     "captions_per_image",
     "captions_per_image_in_batch",
     "pooling",
+    "matryoshka_dims",
     "permute_images",
     "head_learning_rate",
     "head_init",
@@ -288,7 +288,7 @@ def score_runs(
                 if checkpoint == "last" and checksum["last"] == checksum["best"]:
                     found[run.folder, "last"] = found[run.folder, "best"]
                 else:
-                    cache = run.folder / _CACHE / f"sts-{checkpoint}.json"
+                    cache = run.folder / SCORES_NAME / f"sts-{checkpoint}.json"
                     found[run.folder, checkpoint] = score_model(model, tasks, cache, checksum[checkpoint])
                 progress.update()
     return found

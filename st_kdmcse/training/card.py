@@ -16,7 +16,7 @@ _CARD = "README.md"
 _BEFORE = "### Framework Versions"
 
 
-def describe_training(folder: Path, losses: Sequence[TwoViewLoss]) -> None:
+def describe_training(folder: Path, losses: Sequence[TwoViewLoss], sizes: Sequence[int] = ()) -> None:
     """Add the teacher of the features, their checksum, and how to load the heads, to the model card of a folder.
 
     Features by value have no known teacher: nothing is said about it then. A folder without a card is left alone.
@@ -24,6 +24,7 @@ def describe_training(folder: Path, losses: Sequence[TwoViewLoss]) -> None:
     Args:
         folder: of a saved model, with the heads beside it.
         losses: those that it was trained with.
+        sizes: that embeddings can be cut to, if it was trained for that.
     """
     card = folder / _CARD
     if len(losses) != 1 or not card.is_file():
@@ -31,8 +32,19 @@ def describe_training(folder: Path, losses: Sequence[TwoViewLoss]) -> None:
     text = card.read_text(encoding="utf-8")
     if _BEFORE not in text:
         return
-    section = "\n\n".join([*_teacher(losses[0]), *_heads(losses[0])])
+    section = "\n\n".join([*_sizes(sizes), *_teacher(losses[0]), *_heads(losses[0])])
     card.write_text(text.replace(_BEFORE, f"{section}\n\n{_BEFORE}", 1), encoding="utf-8")
+
+
+def _sizes(sizes: Sequence[int]) -> list[str]:
+    if not sizes:
+        return []
+    return [
+        "### Embedding Sizes",
+        f"The first dimensions of an embedding can be used alone; it was trained with {', '.join(map(str, sizes))}:",
+        "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f'SentenceTransformer(".", truncate_dim={min(sizes)})  # the folder of this card\n```',
+    ]
 
 
 def _teacher(loss: TwoViewLoss) -> list[str]:

@@ -22,7 +22,7 @@ from st_kdmcse.files import progress_bar, sha256_file
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import FEATURES_NAME
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student, encoder_folder
+from st_kdmcse.training.student import build_student, check_matryoshka_dims, encoder_folder
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ def check_inputs(options: TrainingOptions) -> None:
         store.verify()
         _left_out(options, store, None if evaluated is None else find_overlap(store, evaluated))
     try:
-        build_student(options.model, options.max_seq_length, options.pooling)
+        student = build_student(options.model, options.max_seq_length, options.pooling)
+        check_matryoshka_dims(student, options.matryoshka_dims)
     except ValueError:
         raise
     except Exception as error:  # whatever the libraries raise for damaged or missing weights

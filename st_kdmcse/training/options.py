@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,7 @@ from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import check_seed, cpu_only, device_type
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.reporting import check_run_name, trackers
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
 from st_kdmcse.training.student import PoolingMode
 from st_kdmcse.training.trainer import CUDA_GRAPH_MODES, check_compilation
@@ -58,6 +59,8 @@ class TrainingOptions:
         batch_size: sentences a step and device; 64, for RoBERTa 128.
         mini_batch_size: sentences in a forward pass; turns on gradient caching, for batches that do not fit in memory.
             None or 0 turns it off.
+        matryoshka_dims: sizes that embeddings can be cut to: the loss is summed over the first dimensions of each (of
+            MatryoshkaLoss). The embedding size of the student must be among them. None trains the whole embedding.
         lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
         head_learning_rate: peak learning rate of the heads, decayed likewise; None is ``lr``.
         pooling: "cls", or "mean" for an encoder whose sentence embedding is the mean of its token vectors.
@@ -78,11 +81,17 @@ class TrainingOptions:
         bf16: bfloat16 autocast, with weights, optimizer, heads and losses in float32; None turns it on where it is
             faster, on a GPU or a CPU. A run that is resumed goes on as it was begun.
         workers: processes that tokenize.
-        report_to: where the trainer reports: "none", "tensorboard", "wandb", ...
+        report_to: trackers that get the curves, separated by commas: "tensorboard" (event files go to
+            ``output_dir/runs``), "wandb", "trackio" or another one of transformers; "none", or "all" that are
+            installed.
+        run_name: what trackers call the run; None is ``output_dir``.
+        push_to_hub: a repository of the Hugging Face hub that gets model, card and heads at the end.
+        private: nobody else is to see that repository.
         resume: go on from the newest checkpoint in ``output_dir``.
 
     Raises:
         ValueError: for options that exclude each other or are out of range; names the parameter.
+        ImportError: for a tracker whose package is missing.
     """
 
     model: str = "bert-base-uncased"
@@ -103,6 +112,7 @@ class TrainingOptions:
     max_steps: int | None = None
     batch_size: int | None = None
     mini_batch_size: int | None = None
+    matryoshka_dims: Sequence[int] | None = None
     lr: float | None = None
     head_learning_rate: float | None = None
     pooling: PoolingMode = "cls"
@@ -120,6 +130,9 @@ class TrainingOptions:
     bf16: bool | None = None
     workers: int = 0
     report_to: str = "none"
+    run_name: str | None = None
+    push_to_hub: str | None = None
+    private: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -163,6 +176,12 @@ class TrainingOptions:
             raise ValueError(f"`compile` must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
         if self.compile:
             check_compilation(self.compile, self.unpad, bool(self.mini_batch_size))
+        if self.matryoshka_dims is not None:
+            object.__setattr__(self, "matryoshka_dims", _sizes(self.matryoshka_dims))
+        if self.private and self.push_to_hub is None:
+            raise ValueError("`private` is said of the repository of `push_to_hub`: give both, or none")
+        check_run_name(self.run_name)
+        trackers(self.report_to)
         self.loss_config()
 
     @property
@@ -204,8 +223,17 @@ class TrainingOptions:
             save_steps=self.save_steps,
             logging_steps=25,
             logging_nan_inf_filter=False,  # the filter would wait for the device at each step
-            report_to=self.report_to,
+            report_to=trackers(self.report_to),
+            run_name=self.run_name or str(self.output_dir),
             dataloader_num_workers=self.workers,
             dataloader_pin_memory=cuda,
             accelerator_config={"non_blocking": cuda},
         )
+
+
+def _sizes(given: Sequence[int]) -> tuple[int, ...]:
+    """Distinct sizes of embeddings, the largest first."""
+    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in given)
+    if not given or not whole or len(set(given)) < len(given):
+        raise ValueError(f"`matryoshka_dims` must be different whole numbers from 1 on, got {list(given)}")
+    return tuple(sorted(given, reverse=True))

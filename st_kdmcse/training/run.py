@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,15 @@ from typing import Any
 
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from transformers import ProgressCallback, TrainerState, set_seed
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
 
-from st_kdmcse.evaluation.similarity import TokenizedSimilarityEvaluator, spearman, sts_evaluator
+from st_kdmcse.evaluation.similarity import (
+    TokenizedSimilarityEvaluator,
+    spearman,
+    spearman_by_size,
+    sts_evaluator,
+)
 from st_kdmcse.files import locked, read_json, write_json
 from st_kdmcse.losses.base import TwoViewLoss
 from st_kdmcse.losses.grounded import GroundedLoss
@@ -32,17 +38,21 @@ from st_kdmcse.training.checkpoints import (
     writing,
 )
 from st_kdmcse.training.head_init import align_heads
+from st_kdmcse.training.hub import check_repository, create_repository, push
 from st_kdmcse.training.inputs import TrainingInputs, check_sizes, data_checksums, encoder_type
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.progress import ShowProgress
+from st_kdmcse.training.reporting import place_event_files
 from st_kdmcse.training.run_folder import (
     CHECKPOINTS_NAME,
+    EVENTS_NAME,
     LAST_NAME,
     RUN_NAME,
     SUMMARY_NAME,
     changes_of_run,
     check_output_dir,
+    check_unchanged,
     claim_student,
     copy_model,
     precision_to_resume,
@@ -50,7 +60,7 @@ from st_kdmcse.training.run_folder import (
     save_into,
 )
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student, student_checksums
+from st_kdmcse.training.student import build_student, check_matryoshka_dims, student_checksums
 from st_kdmcse.training.summary import BestScores, run_record, training_summary
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
 from st_kdmcse.training.trainer import KDMCSETrainer
@@ -58,7 +68,12 @@ from st_kdmcse.training.trainer import KDMCSETrainer
 logger = logging.getLogger(__name__)
 
 
-def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[str, Any]:
+def train(
+    options: TrainingOptions,
+    stop: StopOnSignal | None = None,
+    repeats: Mapping[str, str] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
     """Train a student and save it as a stock sentence-transformers model.
 
     ``output_dir`` then holds the model with the best STS-B dev score, its heads (``heads/``), the last model
@@ -67,27 +82,39 @@ def train(options: TrainingOptions, stop: StopOnSignal | None = None) -> dict[st
     Args:
         options: what to train.
         stop: listens for Ctrl-C; the caller can ask it afterwards. A signal during the last step does not stop the run.
+        repeats: SHA-256 of the data and of the parts of the student of a run that this one is to repeat.
+        callbacks: further ones of the trainer.
 
     Returns:
         The content of ``training_summary.json``.
 
     Raises:
+        ChangedError: if data or student are not those of ``repeats``.
         ValueError, FileNotFoundError: for input that cannot be trained on, before the model is loaded; ValueError also
             if another process trains in the folder, or training has diverged.
         OSError: if something could not be written, such as to a full disk; the newest whole checkpoint stays.
+        PushError: if the run is finished and saved, but could not be pushed to the hub.
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
     state = processes()
     # The cheap checks first: a conversion of features may take an hour.
+    repository = None
     if state.is_main_process:
         check_output_dir(options.output_dir, options.resume, options.extraction is not None)
+        repository = check_repository(options.push_to_hub, options.private) if options.push_to_hub else None
     if options.resume:
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
     arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
     inputs = TrainingInputs.load(options, state)
+    check_unchanged(repeats or {}, inputs.checksums)
     check_sizes(inputs.sources, arguments.per_device_train_batch_size)
     with locked(options.output_dir) if state.is_main_process else nullcontext():
-        return _train(options, arguments, inputs, state, stop or StopOnSignal())
+        summary = _train(
+            options, arguments, inputs, state, stop or StopOnSignal(), repository, repeats or {}, callbacks
+        )
+    if repository:
+        push(repository, options.private, options.output_dir, summary)
+    return summary
 
 
 def _train(
@@ -96,6 +123,9 @@ def _train(
     inputs: TrainingInputs,
     state: PartialState,
     stop: StopOnSignal,
+    repository: str | None,
+    repeats: Mapping[str, str],
+    callbacks: Sequence[TrainerCallback],
 ) -> dict[str, Any]:
     """Train in a folder that is locked, on inputs that are checked."""
     checkpoints = options.output_dir / CHECKPOINTS_NAME
@@ -108,6 +138,12 @@ def _train(
 
     set_seed(options.seed)
     model = build_student(options.model, options.max_seq_length, options.pooling)
+    check_matryoshka_dims(model, options.matryoshka_dims)
+    student = student_checksums(model[0].auto_model, model.tokenizer)
+    check_unchanged(repeats, student)
+    if repository:
+        model.model_card_data.set_model_id(repository)
+        create_repository(repository, options.private)
     loss = build_loss(
         options.method,
         model,
@@ -119,7 +155,7 @@ def _train(
     filters = _announce_filters(loss, options) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
     if state.is_main_process:
-        claim_student(options.output_dir, run, student_checksums(model[0].auto_model, model.tokenizer))
+        claim_student(options.output_dir, run, student)
         if evaluator and "score_before" not in run:
             with autocast("bfloat16" if arguments.bf16 else "float32", model.device):  # as all scores of the curve
                 run["score_before"] = spearman(evaluator, model)
@@ -129,7 +165,7 @@ def _train(
         model,
         arguments,
         inputs.sources,
-        loss=loss,
+        loss=MatryoshkaLoss(model, loss, options.matryoshka_dims) if options.matryoshka_dims else loss,
         evaluator=evaluator,
         pair_every=options.pair_every,
         head_learning_rate=options.head_learning_rate,
@@ -137,12 +173,14 @@ def _train(
         features=inputs.store,
         pad_to_multiple_of=8 if options.compile else 1,
         unpad=options.unpad,
-        callbacks=[stop, EvaluateAtEnd(), SaveByTime()],
+        callbacks=[stop, EvaluateAtEnd(), SaveByTime(), *callbacks],
     )
     if options.head_init == "ridge" and checkpoint is None and state.is_main_process and isinstance(loss, GroundedLoss):
         align_heads(loss, pair_rows(inputs.sources["pairs"]))  # the other processes get these heads
     if trainer.pop_callback(ProgressCallback):  # the stock one
         trainer.add_callback(ShowProgress())
+    events = options.output_dir / EVENTS_NAME / (options.run_name or "")
+    place_event_files(trainer, events, (step_of(checkpoint) if checkpoint else 0) if options.resume else None)
     trainer.add_callback(KeepTwoCheckpoints())
     best = KeepBest(checkpoints, trainer) if evaluator else None
     if best:
@@ -157,7 +195,7 @@ def _train(
     summary: dict[str, Any] = {}
     if state.is_main_process:
         _check_converged(trainer)
-        scores = _load_best(trainer, evaluator, best, inputs)
+        scores = _load_best(trainer, evaluator, best, inputs, options.matryoshka_dims or ())
         _save(trainer, options.output_dir, last if evaluator else None)
         summary = training_summary(options, trainer, run, inputs, scores, filters, seconds)
         with writing(options.output_dir / SUMMARY_NAME):
@@ -233,6 +271,7 @@ def _load_best(
     evaluator: TokenizedSimilarityEvaluator | None,
     best: KeepBest | None,
     inputs: TrainingInputs,
+    sizes: Sequence[int],
 ) -> BestScores | None:
     """Load the best model, and give its card the scores of its weights."""
     if best is None or best.path is None or evaluator is None or inputs.test is None:
@@ -240,7 +279,10 @@ def _load_best(
     trainer.load_checkpoint(best.path)
     model: SentenceTransformer = trainer.model
     # Every evaluation has written its scores into the card, the latest last: those of the best step go there again.
-    scores = BestScores(spearman(evaluator, model), spearman(sts_evaluator(inputs.test, "sts-test"), model))
+    test = sts_evaluator(inputs.test, "sts-test")
+    dev_by_size, test_by_size = (spearman_by_size(each, model, sizes) for each in (evaluator, test))
+    by_size = {size: (dev_by_size[size], test_by_size[size]) for size in sizes}
+    scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size)
     model.model_card_data.set_best_model_step(best.step)
     return scores
 

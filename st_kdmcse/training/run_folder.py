@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,8 @@ RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
 FEATURES_NAME = "features"
 LAST_NAME = "last"
+EVENTS_NAME = "runs"
+SCORES_NAME = "evaluation"
 
 _STATE_FILES = (
     "optimizer.pt",
@@ -36,7 +38,7 @@ _STATE_FILES = (
 # Options that may differ between a run and its resumption: they do not change what is computed, or their content is
 # compared.
 _FREE_TO_CHANGE = frozenset(
-    {"resume", "report_to", "output_dir", "workers", "save_steps"}
+    {"resume", "report_to", "run_name", "push_to_hub", "private", "output_dir", "workers", "save_steps"}
     | {"text", "features", "extraction", "eval_data", "exclude_images", "exclude_overlap"}
 )
 _DAMAGED = "remove its folder and train again"
@@ -159,6 +161,34 @@ def claim_student(output_dir: Path, run: dict[str, Any], student: Mapping[str, s
             f"the {' and the '.join(changed)} at `model` have changed since the run in {output_dir} was started: "
             "restore them, or choose another directory"
         )
+
+
+class ChangedError(ValueError):
+    """Data or the student are not those of the run that is to be repeated.
+
+    Attributes:
+        names: of what has changed, such as "text".
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+def check_unchanged(recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to take for a repetition what reads other data, or begins with another student.
+
+    Args:
+        recorded: SHA-256 by name, of the run that is to be repeated. What ``now`` lacks is not compared.
+        now: the same as it is now.
+
+    Raises:
+        ChangedError: if one has changed; names each.
+    """
+    changed = [name for name in recorded if name in now and recorded[name] != now[name]]
+    if changed:
+        sums = ", ".join(f"{name} was {recorded[name][:12]}, is {now[name][:12]}" for name in changed)
+        raise ChangedError(f"this would not repeat the run: what it was made of has changed (SHA-256: {sums})", changed)
 
 
 def changes_of_run(path: Path, earlier: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,28 @@ def build_student(name_or_path: str, max_seq_length: int = 32, pooling: PoolingM
     if not Path(name_or_path).is_dir():
         student.model_card_data.set_base_model(name_or_path)
     return student
+
+
+def check_matryoshka_dims(student: SentenceTransformer, dims: Sequence[int] | None) -> None:
+    """Refuse sizes of embeddings that do not fit a student.
+
+    Args:
+        student: any sentence-transformers model.
+        dims: the sizes; None fits all.
+
+    Raises:
+        ValueError: if one is larger than its embeddings, or their own size is not among them: what lies beyond the
+            largest would not be trained.
+    """
+    if dims is None:
+        return
+    size = student.get_embedding_dimension()
+    if max(dims) != size:
+        problem = "must not exceed" if max(dims) > size else "must contain"
+        raise ValueError(
+            f"`matryoshka_dims` {problem} {size}, the embedding size of `model`: give {size} and smaller sizes, got "
+            f"{', '.join(map(str, dims))}"
+        )
 
 
 def encoder_folder(name_or_path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -27,10 +27,12 @@ class BestScores:
     Attributes:
         dev: on STS-B dev, which chose it.
         test: on STS-B test.
+        by_size: both of embeddings that are cut to a size, by that size, the largest first.
     """
 
     dev: float
     test: float
+    by_size: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 def run_record(
@@ -103,6 +105,9 @@ def training_summary(
         "sts_dev_last": curve[-1] if curve else None,
         "sts_dev_of_best": scores and scores.dev,
         "sts_test_of_best": scores and scores.test,
+        "sts_by_size": [
+            {"size": size, "dev": dev, "test": test} for size, (dev, test) in (scores.by_size if scores else {}).items()
+        ],
         "losses": [entry for entry in history if "loss" in entry],
         "train_seconds": round(seconds, 1),
         "resumed": options.resume,

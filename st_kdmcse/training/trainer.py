@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MatryoshkaLoss
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
@@ -325,7 +325,8 @@ class KDMCSETrainer(HookedTrainer):
         """Save the heads, and tell about them in the model card."""
         for path, loss in self._head_paths(directory):
             loss.save_heads(path)
-        describe_training(directory, self.head_losses)
+        wrappers = [module for module in self._loss_modules if isinstance(module, MatryoshkaLoss)]
+        describe_training(directory, self.head_losses, wrappers[0].matryoshka_dims if wrappers else ())
 
     def load_extra(self, directory: Path) -> None:
         """Load the heads, if no file of the folder is missing or damaged, as far as it has a record of them."""

@@ -6,12 +6,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from helpers import load_command
+from helpers import copy_tree, load_command
 from safetensors.numpy import load_file
 from small_runs import flags, write_data
 
 from st_kdmcse.cli.commands import Group, command
-from st_kdmcse.cli.grid import ListType
+from st_kdmcse.cli.common import ListType
 from st_kdmcse.cli.main import COMMANDS, EVALUATIONS, main
 
 
@@ -130,7 +130,25 @@ def test_a_run_is_repeated_from_its_record(tmp_path, tiny_bert, sentences, store
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    other = CliRunner().invoke(main, ["train", "--config", config, "--output-dir", f"{again}-2", "--seed", "6"])
+    (data / "text.txt").write_text((data / "text.txt").read_text() + "one more dog\n")
+    repeat = ["train", "--config", config, "--output-dir", f"{again}-2", "--seed", "6"]
+    result = CliRunner().invoke(main, repeat)
+    assert result.exit_code == 2
+    assert "this would not repeat the run: what it was made of has changed (SHA-256: text was " in result.output
+    assert "Restore it, or name --text on the command line too" in result.output
+    assert not Path(f"{again}-2").exists()
+    encoder = copy_tree(tiny_bert, tmp_path / "encoder")
+    settings = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**settings, "hidden_dropout_prob": 0.2}))
+    record = json.loads(Path(config).read_text())
+    record["options"]["model"] = str(encoder)
+    (tmp_path / "moved.json").write_text(json.dumps(record))
+    text = ["--text", str(data / "text.txt")]
+    result = CliRunner().invoke(main, ["train", "--config", str(tmp_path / "moved.json"), *repeat[3:], *text])
+    assert result.exit_code == 2
+    assert "(SHA-256: configuration was " in result.output
+    assert "name --model on the command line too" in result.output
+    other = CliRunner().invoke(main, [*repeat, *text])
     assert other.exit_code == 0, other.output
     third = load_file(tmp_path / "again-2" / "model.safetensors")
     assert any((weights[0][name] != third[name]).any() for name in third)

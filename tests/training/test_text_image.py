@@ -47,7 +47,7 @@ def trained(request, tmp_path_factory, tiny_bert, sentences, store):
     return folder
 
 
-def run_of_images(folder, teacher, student, normalized=False, method="kdmcse"):
+def run_of_images(folder, teacher, student, normalized=False, method="kdmcse", **changes):
     generator = np.random.default_rng(3)
     (folder / "images").mkdir(exist_ok=True)
     names = [f"{number}.png" for number in range(IMAGES)]
@@ -61,7 +61,7 @@ def run_of_images(folder, teacher, student, normalized=False, method="kdmcse"):
     rows, place = np.arange(IMAGES), folder / "of-images"
     shutil.rmtree(place, ignore_errors=True)
     FeatureStore.from_arrays(place, *features, captions, rows, names, teacher=teacher.name, dtype="float32")
-    given = options(folder, student, features=place, output_dir=folder / "run", method=method, eval_steps=0)
+    given = options(folder, student, features=place, output_dir=folder / "run", method=method, eval_steps=0, **changes)
     train(TrainingOptions(**given))
 
 
@@ -93,6 +93,25 @@ def test_vectors_are_those_that_the_loss_compares(trained, exported):
     assert np.abs(model.encode(texts) - expected).max() < 1e-5
     assert model.encode(CAPTION).shape == (256,)
     assert model.similarity(model.encode(texts), found).shape == (3, IMAGES)
+
+
+def test_a_run_of_several_sizes_of_embeddings(tmp_path, tiny_bert, sentences, store):
+    write_data(tmp_path, sentences, store)
+    make_tiny_clip(tmp_path / "teacher")
+    teacher = CLIPTeacher(tmp_path / "teacher", precision="float32")
+    run_of_images(tmp_path, teacher, tiny_bert, matryoshka_dims=(32, 8))
+    arguments = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]
+    result = CliRunner().invoke(main, [*arguments, "--teacher", str(tmp_path / "teacher"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    student = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    with torch.inference_mode():
+        expected = load_head(tmp_path / "run" / "heads", "grounding")(torch.from_numpy(student.encode([CAPTION])))
+    found = SentenceTransformer(str(tmp_path / "exported"), device="cpu").encode([CAPTION])
+    assert np.abs(found - torch.nn.functional.normalize(expected, dim=1).numpy()).max() < 1e-5
+    arguments = ["evaluate", "retrieval", str(tmp_path / "run"), "--features", str(tmp_path / "of-images")]
+    result = CliRunner().invoke(main, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "R@1" in result.output
 
 
 def test_it_needs_nothing_of_this_package(trained, exported, tmp_path):
