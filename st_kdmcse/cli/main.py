@@ -29,6 +29,7 @@ COMMANDS = {
 
 EVALUATIONS = {
     "sts": ("sts:main", "Score a model on STS12 to STS16, STS-B and SICK-R, and CxC."),
+    "cxc": ("cxc:main", "Score a model on caption pairs, or captions and images, of Crisscrossed Captions."),
     "transfer": ("transfer:main", "Score a model on MR, CR, SUBJ, MPQA, SST2, TREC and MRPC."),
     "retrieval": ("retrieval:main", "Find images by captions and captions by images: recall of student and teacher."),
     "alignment": ("alignment_uniformity:main", "Measure alignment and uniformity of models."),

@@ -1,6 +1,6 @@
 """Reading and keeping data: sentences, teacher features with their captions, STS pairs."""
 
-from st_kdmcse.data.cxc import load_cxc
+from st_kdmcse.data.cxc import load_cxc, load_sits
 from st_kdmcse.data.inspection import StoreReport, inspect_store
 from st_kdmcse.data.readers import (
     BadRowError,
@@ -49,6 +49,7 @@ __all__ = [
     "inspect_store",
     "iter_sentences",
     "load_cxc",
+    "load_sits",
     "load_sts_benchmark",
     "load_sts_tasks",
     "open_captions",

@@ -167,7 +167,7 @@ def score_embeddings(
             :class:`~st_kdmcse.encoding.SentenceEmbeddings`.
         tasks: what :func:`~st_kdmcse.data.load_sts_tasks` returns.
     """
-    similarities = {task.name: _cosines(embeddings(task.sentences1), embeddings(task.sentences2)) for task in tasks}
+    similarities = {task.name: cosines(embeddings(task.sentences1), embeddings(task.sentences2)) for task in tasks}
     details = {task.name: _task_details(task, similarities[task.name]) for task in tasks}
     found = {name: details[name]["spearman"]["all"] if name in details else None for name in STS_TASKS}
     spearman = {name: None if score is None else round(score, 2) for name, score in found.items()}
@@ -178,6 +178,13 @@ def score_embeddings(
         if name not in spearman:
             spearman[name] = None if parts["spearman"]["all"] is None else round(parts["spearman"]["all"], 2)
     return STSResult(spearman, details, similarities)
+
+
+def cosines(x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> Similarities:
+    """The cosine of each row of (n, d) vectors with its partner; 0 for a zero vector."""
+    tiny = np.finfo(np.float32).tiny
+    lengths = np.maximum(np.linalg.norm(x, axis=1), tiny) * np.maximum(np.linalg.norm(y, axis=1), tiny)
+    return np.asarray(np.einsum("nd,nd->n", x, y) / np.maximum(lengths, tiny), dtype=np.float32)
 
 
 class STSEvaluator(SentenceEvaluator):
@@ -285,13 +292,6 @@ def _sentences(tasks: Sequence[STSTask]) -> tuple[list[str], Callable[[int], str
     sentences = [sentence for task in tasks for each in (task.sentences1, task.sentences2) for sentence in each]
     places = [place for task in tasks for place in 2 * (task.places or [task.name] * len(task))]
     return sentences, places.__getitem__
-
-
-def _cosines(x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> Similarities:
-    """The cosine of each row with its partner; 0 for a zero vector."""
-    tiny = np.finfo(np.float32).tiny
-    lengths = np.maximum(np.linalg.norm(x, axis=1), tiny) * np.maximum(np.linalg.norm(y, axis=1), tiny)
-    return np.asarray(np.einsum("nd,nd->n", x, y) / np.maximum(lengths, tiny), dtype=np.float32)
 
 
 def _task_details(task: STSTask, similarities: Similarities) -> dict[str, Any]:

@@ -12,14 +12,17 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
+from st_kdmcse.data.cxc import SITSPairs, image_number
 from st_kdmcse.data.exclusion import read_left_out
 from st_kdmcse.data.layout import ROWS_PER_CHUNK
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.encoding import Matrix, encode_distinct
+from st_kdmcse.evaluation.cxc import CxCResult, score_sits
 from st_kdmcse.evaluation.retrieval import Retrieval, evaluate_retrieval
 from st_kdmcse.files import progress_bar
 from st_kdmcse.losses.grounded import GroundedLoss
 from st_kdmcse.losses.heads import ProjectionHead, load_head
+from st_kdmcse.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +119,11 @@ def project_images(store: FeatureStore, head: ProjectionHead, show_progress_bar:
 
 
 def project_captions(
-    captions: Sequence[str], student: SentenceTransformer, head: ProjectionHead, show_progress_bar: bool | None = None
+    captions: Sequence[str],
+    student: SentenceTransformer,
+    head: ProjectionHead,
+    show_progress_bar: bool | None = None,
+    precision: Precision = "float32",
 ) -> Matrix:
     """Captions in the space of the images.
 
@@ -125,11 +132,13 @@ def project_captions(
         student: the trained encoder.
         head: grounding.
         show_progress_bar: None shows one in a terminal, after two seconds.
+        precision: of the student, as for :func:`~st_kdmcse.encoding.encode_distinct`.
 
     Returns:
         (N, projection) float32, not normalised.
     """
-    return _projected(encode_distinct(student, captions, show_progress_bar=show_progress_bar)(captions), head)
+    vectors = encode_distinct(student, captions, show_progress_bar=show_progress_bar, precision=precision)(captions)
+    return _projected(vectors, head)
 
 
 def _projected(vectors: Matrix, head: ProjectionHead) -> Matrix:
@@ -202,3 +211,44 @@ def image_text_retrieval(
         of_texts = np.asarray(store.text_features[store.text_rows[rows]], dtype=np.float32)
         results["teacher"] = evaluate_retrieval(of_texts, store.image_features[images], image_rows, folds)
     return results
+
+
+def caption_image_similarity(
+    student: SentenceTransformer,
+    heads: RetrievalHeads,
+    store: FeatureStore,
+    pairs: SITSPairs,
+    seed: int = 0,
+    precision: Precision = "float32",
+) -> CxCResult:
+    """Score a trained student and its heads on pairs of a caption and an image of CxC.
+
+    Args:
+        student: the trained encoder.
+        heads: that were trained with it.
+        store: features of the images, of the teacher of the training.
+        pairs: what :func:`~st_kdmcse.data.load_sits` returns.
+        seed: of the bootstrap.
+        precision: of the student.
+
+    Raises:
+        ValueError: if the store lacks an image; names it.
+    """
+    rows_of: dict[str | int, int] = {}
+    for row, (image, _) in zip(store.image_rows.tolist(), store.captions(), strict=True):
+        rows_of[_key(image)] = row
+    missing = list(dict.fromkeys(image for image in pairs.images if _key(image) not in rows_of))
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} of {len(set(pairs.images)):,} images are not in the feature store {store.path}, the "
+            f"first is {missing[0]}: extract the features of all of them"
+        )
+    texts = project_captions(pairs.captions, student, heads.grounding, precision=precision)
+    images = project_images(store, heads.teacher_image)
+    return score_sits(pairs, texts, images[[rows_of[_key(image)] for image in pairs.images]], seed=seed)
+
+
+def _key(image: str) -> str | int:
+    """What names of an image of MS-COCO have in common."""
+    number = image_number(image)
+    return image if number is None else number

@@ -16,7 +16,7 @@ import pytest
 
 from st_kdmcse import FeatureStore
 from st_kdmcse.data import import_released_json, iter_sentences, open_captions
-from st_kdmcse.data.cxc import load_cxc
+from st_kdmcse.data.cxc import load_cxc, load_sits
 from st_kdmcse.data.exclusion import read_left_out
 from st_kdmcse.data.tokens import TokenTable
 from st_kdmcse.extraction.parts import Part, PartsFolder
@@ -258,6 +258,8 @@ def test_lists_of_images_and_caption_pairs(tmp_path, store):
     rows = b"x,COCO_val2014:sentid:7,COCO_val2014:sentid:8,3.5,c2c_cocosim\n"
     (tmp_path / "captions.json").write_text(json.dumps(COCO))
     check(tmp_path, "sts_val.csv", pairs + rows, lambda path: load_cxc(path, tmp_path / "captions.json"))
+    pairs, rows = b"caption,image,agg_score,sampling_method\n", b"x:sentid:7,x.jpg,3.5,y\nx:sentid:8,z.jpg,3,y\n"
+    check(tmp_path, "sits_val.csv", pairs + rows, lambda path: load_sits(path, tmp_path / "captions.json"))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "offsets.bin", "tokens.bin"])

@@ -47,8 +47,12 @@ class CaptionFileReader(ImageCaptionReader):
         return self._count()
 
 
-def existing_file(path: str | Path) -> Path:
+def existing_file(path: str | Path, wanted: str = "the file with the captions") -> Path:
     """The path, if there is a file.
+
+    Args:
+        path: the file.
+        wanted: what to give, for the error.
 
     Raises:
         FileNotFoundError: if there is no such file, or it is a folder.
@@ -56,7 +60,7 @@ def existing_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}: give the file with the captions")
+        raise FileNotFoundError(f"{path} {what}: give {wanted}")
     return path
 
 
