@@ -44,8 +44,17 @@ _DEFAULT = Limits()
     type=int,
     default=_DEFAULT.requests_per_minute,
     show_default=True,
-    help="Maximum number of searches per client and minute.",
+    help="Maximum number of queries per client and minute.",
 )
+@click.option(
+    "--max-queries",
+    "queries",
+    type=int,
+    default=_DEFAULT.queries,
+    show_default=True,
+    help="Maximum number of queries in a request.",
+)
+@click.option("--docs", is_flag=True, help="Describe the API at /docs, and for programs at /openapi.json.")
 def serve(
     address: str,
     model: str | None,
@@ -56,8 +65,10 @@ def serve(
     results: int,
     query_characters: int,
     requests_per_minute: int,
+    queries: int,
+    docs: bool,
 ) -> None:
-    """Serve a web page that searches the index DIR (a folder, or the address of a Milvus collection), until Ctrl-C.
+    """Serve a web page and an API that search the index DIR (a folder, or an address of Milvus), until Ctrl-C.
 
     Only this machine can open the page; --host sets another address. Queries are not logged.
 
@@ -67,11 +78,11 @@ def serve(
     """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
     with friendly_errors():
-        limits = Limits(query_characters, results, requests_per_minute)
+        limits = Limits(query_characters, results, requests_per_minute, queries=queries)
         with listen(host, port) as listener:
             hosts = (*LOCAL_HOSTS, host) if is_local(listener) else None
             index = SemanticIndex.open(address, model)
-            app = create_app(index, images=images, image_column=image_column, limits=limits, hosts=hosts)
+            app = create_app(index, images=images, image_column=image_column, limits=limits, hosts=hosts, docs=docs)
             shown = f"[{host}]" if ":" in host else host
             click.echo(f"{len(index):,} texts at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
             if hosts is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,29 @@ def parse_filter(conditions: Iterable[str]) -> Filter | None:
             _check_value(condition, each)
         where[name] = value if isinstance(value, list) else {**known, operator: value}
     checked_conditions(where)
+    return where or None
+
+
+def checked_filter(where: Mapping[str, Any]) -> Filter | None:
+    """A filter that a program has sent, see :data:`~st_kdmcse.search.base.Filter`.
+
+    >>> checked_filter({"lang": ["en", "de"], "year": {"gte": 2000}})
+    {'lang': ['en', 'de'], 'year': {'gte': 2000}}
+
+    Args:
+        where: values and comparisons by name, as they are in JSON.
+
+    Returns:
+        The filter; None without conditions.
+
+    Raises:
+        ValueError: for an unknown comparison, an empty list, or a value that no row can have; names the condition.
+    """
+    for name, comparison, wanted in checked_conditions(where):
+        if wanted == []:
+            raise ValueError(f"filter on {name!r}: the list is empty, and no text would be found")
+        for value in wanted if comparison == "in" else [wanted]:
+            _check_value(name, value)
     return where or None
 
 

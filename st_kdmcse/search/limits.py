@@ -11,7 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
-_MOST = {"query_characters": 5_000, "results": 1_000, "requests_per_minute": 1_000_000, "waiting": 1_000}
+_MOST = {
+    "query_characters": 5_000,
+    "results": 1_000,
+    "requests_per_minute": 1_000_000,
+    "waiting": 1_000,
+    "queries": 1_000,
+}
 _CLIENTS = 10_000
 _Result = TypeVar("_Result")
 
@@ -23,9 +29,10 @@ class Limits:
     Attributes:
         query_characters: of a query, and of a condition of its filter; 1 to 5,000, which fit into a URL.
         results: of a search; 1 to 1,000.
-        requests_per_minute: searches of a client's address, as many at once; 1 to 1,000,000. Of thumbnails it may ask
-            for one a result.
+        requests_per_minute: queries of a client's address, as many at once; 1 to 1,000,000. Of all else it may ask for
+            one a result.
         waiting: searches that may wait for the one that runs; 0 to 1,000.
+        queries: of one request, which may not be more than those of a minute; 1 to 1,000.
 
     Raises:
         ValueError: if one is out of its range; names it.
@@ -35,6 +42,7 @@ class Limits:
     results: int = 100
     requests_per_minute: int = 120
     waiting: int = 16
+    queries: int = 64
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,16 +64,21 @@ class RateLimit:
         self._clock = clock
         self._clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait(self, client: str) -> float:
-        """Seconds until a client may ask; 0 if it may now, which counts."""
+    def wait(self, client: str, requests: int = 1) -> float:
+        """Seconds until a client may ask; 0 if it may now, which counts.
+
+        Args:
+            client: that asks.
+            requests: so many at once, and no more than in a minute.
+        """
         now = self._clock()
         tokens, since = self._clients.pop(client, (float(self._per_minute), now))
         tokens = min(self._per_minute, tokens + (now - since) * self._per_minute / 60)
-        allowed = tokens >= 1
-        self._clients[client] = (tokens - allowed, now)
+        allowed = tokens >= requests
+        self._clients[client] = (tokens - requests * allowed, now)
         if len(self._clients) > _CLIENTS:
             self._clients.popitem(last=False)
-        return 0 if allowed else (1 - tokens) * 60 / self._per_minute
+        return 0 if allowed else (requests - tokens) * 60 / self._per_minute
 
 
 class BusyError(Exception):

@@ -111,6 +111,7 @@ class SemanticIndex:
             self._header["images"] = dict(images)
         self._path: Path | None = None
         self._saved: str | None = None
+        self._found_model = False
         if model.get_embedding_dimension() != backend.dim:
             raise ValueError(
                 f"the model's embeddings are of width {model.get_embedding_dimension()}, those of the index "
@@ -414,19 +415,28 @@ class SemanticIndex:
         return target
 
     def reloaded(self) -> SemanticIndex:
-        """This index, or the one that another process has saved in its folder since, with the same model.
+        """This index, or the one that another process has saved or put in its folder since.
+
+        One that was made with another model is loaded with that, if this one was loaded without naming a model.
 
         Raises:
-            FileNotFoundError: if the folder has no index any more.
-            ValueError: if a file of it is damaged, or it was made with another model.
+            FileNotFoundError: if the folder has no index any more, or its model is missing.
+            ValueError: if a file of it is damaged, or it was made with another model than the one that was named.
         """
         if self._path is None or read_manifest(self._path)["checksum"] == self._saved:
             return self
         backend, manifest = read_index(self._path)
         if not same_model(manifest, self._header):
-            raise ValueError(f"the index {self._path} was made again, with another model: load it with that")
+            if not self._found_model:
+                raise ValueError(f"the index {self._path} was made again, with another model: load it with that")
+            other = self._known(backend, manifest, None, str(self._path), self._path)
+            other.precision = self.precision
+            return other
         other = copy.copy(self)
         other.backend, other._saved = backend, manifest["checksum"]
+        other._header = {name: value for name, value in self._header.items() if name != "images"}
+        if manifest.get("images") is not None:
+            other._header["images"] = manifest["images"]
         return other
 
     def info(self) -> dict[str, Any]:
@@ -484,13 +494,15 @@ class SemanticIndex:
         path: Path | None = None,
     ) -> SemanticIndex:
         """An index whose header says what model it belongs to."""
-        if model is None and path is not None and header["model"]["name"] == OWN_MODEL:
+        found_model = model is None
+        if found_model and path is not None and header["model"]["name"] == OWN_MODEL:
             check_encoder(path, header)
         model, name = load_expected(header, place) if model is None else load_named(model)
         check_model(model, header, place)
         index = cls(backend, model, header["model"]["name"] or name, header.get("images"), header.get("precision"))
         if "encoder" in header:
             index._header["encoder"] = header["encoder"]
+        index._found_model = found_model
         if path is not None:
             index._path, index._saved = path, header["checksum"]
         return index

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import ipaddress
 import logging
-import math
 import os
 import re
 import socket
@@ -19,9 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from st_kdmcse._version import __version__
 from st_kdmcse.data.images import ImageError
 from st_kdmcse.search.base import Filter, Hit
-from st_kdmcse.search.filters import FilterError, parse_filter, search_typed
+from st_kdmcse.search.filters import FilterError, search_typed
 from st_kdmcse.search.limits import BusyError, Limits, RateLimit, Turns
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.thumbnails import Gallery, find_gallery, thumbnail_of
@@ -36,12 +36,12 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 _NEEDED = 'the search page needs FastAPI, uvicorn and Pillow: pip install "st-kdmcse[serve]"'
-_FILTERS = 10
-_GRACE = 3
+_GRACE = 30
 _OTHER_HEAD_BYTES = 1 << 16  # of a request, beside query and filters
 _CONNECTIONS = 256
 _REQUEST_SECONDS = 10
 _ANSWER_SECONDS = 60
+_LAST_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
 
 
@@ -52,6 +52,7 @@ def create_app(
     image_column: str = "image",
     limits: Limits = Limits(),  # noqa: B008 - frozen
     hosts: Iterable[str] | None = None,
+    docs: bool = False,
 ) -> FastAPI:
     """An application that searches an index: a page with a search box, and the JSON behind it.
 
@@ -59,16 +60,20 @@ def create_app(
 
     - ``GET /api/search?q=a+dog&k=10&filter=year>=2000``: the results, see below; ``filter`` any number of times, see
       :func:`~st_kdmcse.search.filters.parse_filter`;
+    - ``POST /api/search`` with ``{"queries": ["a dog", "snow"], "k": 10, "filter": {"year": {"gte": 2000}}}``: the
+      results of several queries, which are encoded together; ``filter`` may also be a list of what GET takes;
+    - ``GET /api/items/ID``: ``id``, ``text``, ``metadata`` and ``thumbnail`` of a row;
     - ``GET /api/info``: rows, model, engine, index type, limits, and whether there are images;
     - ``GET /thumbnail?id=ID``: a JPEG of the image of a row.
 
     A search gives ``query``, ``k``, ``seconds`` and ``results``, of which each has ``rank``, ``score`` (cosine),
-    ``id``, ``text``, ``metadata`` and ``thumbnail`` (a URL or null). Errors are ``{"error": "..."}`` with a status of
+    ``id``, ``text``, ``metadata`` and ``thumbnail`` (a URL or null). For several queries, ``queries`` and ``results``
+    are lists with an entry for each. Errors are ``{"error": "..."}`` with a status of
     4xx, or 503 when too many searches wait; searches take turns. Queries are not logged.
 
-    When another process saves the index, it is loaded again in the background, after the next request; the old one
-    answers until then, and memory holds both for that time. Where it cannot be loaded, or was made with another model,
-    the old one goes on, and the log says so.
+    When another process saves or replaces the index, it is loaded in the background, after the next request, with
+    another model if it was made with one; the old one answers until then, and memory holds both for that time. Where it
+    cannot be loaded, the old one goes on, and the log says so.
 
     Args:
         index: to be searched.
@@ -77,6 +82,7 @@ def create_app(
         limits: of what is asked for.
         hosts: names that the Host header may have, without a port; None for any. For a server that only this machine
             can reach, :data:`LOCAL_HOSTS` keep out other sites whose name has been pointed here (DNS rebinding).
+        docs: describe the requests at ``/openapi.json`` (OpenAPI), and on a page at ``/docs``.
 
     Raises:
         ImportError: without FastAPI; names the extra.
@@ -88,55 +94,82 @@ def create_app(
         from fastapi.responses import HTMLResponse, JSONResponse, Response
         from starlette.exceptions import HTTPException as AnyHTTPException
         from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        from st_kdmcse.search import api
     except ImportError as error:
         raise ImportError(_NEEDED) from error
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     headers = _headers(page)
-    gallery = find_gallery(index, images, image_column)
-    described = lru_cache(maxsize=1)(lambda index: _description(index, limits, gallery))
+    gallery_of = lru_cache(maxsize=1)(lambda index: find_gallery(index, images, image_column))
+    described = lru_cache(maxsize=1)(lambda index: _description(index, limits, gallery_of(index)))
+    gallery_of(index)
     current = _Current(index)
     search_turns = Turns(limits.waiting)
     other_turns = Turns((limits.waiting + 1) * limits.results)
     search_rate = RateLimit(limits.requests_per_minute)
     other_rate = RateLimit(limits.requests_per_minute * limits.results)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.head_bytes = (1 + _FILTERS) * 12 * limits.query_characters + _OTHER_HEAD_BYTES  # as %F0%9F%90%95
+    app = FastAPI(
+        title="Semantic search",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if docs else None,
+        redirect_slashes=False,
+    )
+    app.state.head_bytes = (1 + api.MOST_CONDITIONS) * 12 * limits.query_characters + _OTHER_HEAD_BYTES  # %F0%9F%90%95
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
-    def get(path: str) -> Callable[[Any], Any]:
-        return app.api_route(path, methods=["GET", "HEAD"])
+    def get(path: str, **described: Any) -> Callable[[Any], Any]:
+        return lambda answer: app.head(path, include_in_schema=False)(app.get(path, **described)(answer))
 
-    @get("/")
+    def shown(hit: Hit) -> dict[str, Any]:
+        gallery = gallery_of(current.get())
+        thumbnail = None if gallery is None else gallery.url(hit)
+        return {"id": hit.id, "text": hit.text, "metadata": hit.metadata, "thumbnail": thumbnail}
+
+    async def find(queries: Sequence[str], k: int, where: Filter | None) -> tuple[float, list[list[Hit]]]:
+        try:
+            return await search_turns.take(lambda: _timed_search(current.get(), queries, k, where))
+        except FilterError as error:
+            raise HTTPException(422, str(error)) from error
+
+    async def get_row(row: str) -> Hit:
+        (hit,) = await other_turns.take(lambda: current.get().get([row]))
+        return hit
+
+    @get("/", include_in_schema=False)
     async def show_page() -> Any:
         return HTMLResponse(page)
 
-    @get("/api/info")
+    @get("/api/info", summary="Say what is searched, and what may be asked for")
     async def info() -> Any:
         now = current.get()
         return await other_turns.take(lambda: {"rows": len(now), **described(now)})
 
-    @get("/api/search")
+    @get("/api/search", summary="Search", responses=api.described(api.Answer, 422, 503))
     async def search(
         q: str = "",
-        k: int = min(10, limits.results),
+        k: int = api.default_k(limits),
         conditions: list[str] = Query([], alias="filter"),  # noqa: B008 - how FastAPI is told
     ) -> Any:
         try:
-            where = _checked(q, k, conditions, limits)
+            where = api.checked_search([q], k, conditions, limits)
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
-        try:
-            seconds, hits = await search_turns.take(lambda: _timed_search(current.get(), q, k, where))
-        except FilterError as error:
-            raise HTTPException(422, str(error)) from error
-        results = [_result(rank, hit, gallery) for rank, hit in enumerate(hits, start=1)]
-        return {"query": q, "k": k, "seconds": round(seconds, 4), "results": results}
+        seconds, (hits,) = await find([q], k, where)
+        results = api.ranked(hits, shown)
+        return JSONResponse({"query": q, "k": k, "seconds": round(seconds, 4), "results": results})
 
-    @get("/thumbnail")
+    app.include_router(api.router(find, get_row, shown, search_rate, limits, _REQUEST_SECONDS))
+    if docs:
+        api.add_docs(app, _docs_policy)
+
+    @get("/thumbnail", summary="Show the image of a row", response_class=Response)
     async def thumbnail(row: str = Query("", alias="id"), if_none_match: str = Header("")) -> Any:
         try:
-            jpeg = await other_turns.take(lambda: thumbnail_of(current.get(), gallery, row))
+            now = current.get()
+            jpeg = await other_turns.take(lambda: thumbnail_of(now, gallery_of(now), row))
         except FileNotFoundError as error:
             raise HTTPException(404, str(error)) from error
         except ImageError as error:
@@ -153,7 +186,8 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def misunderstood(request: Request, error: RequestValidationError) -> Any:
-        return JSONResponse({"error": "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())}, 422)
+        problems = [f"{'.'.join(map(str, each['loc'][1:])) or 'the request'}: {each['msg']}" for each in error.errors()]
+        return JSONResponse({"error": "; ".join(problems)}, 422)
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> Any:
@@ -163,11 +197,12 @@ def create_app(
     @app.middleware("http")
     async def guard(request: Request, answer: Callable[[Request], Any]) -> Any:
         path = request.scope["path"]  # that of request.url depends on the Host header
-        rate = search_rate if path == "/api/search" else other_rate
+        by_query = path == "/api/search" and request.method != "POST"  # which counts its queries
         response: Response
-        if wait := math.ceil(rate.wait(request.client.host if request.client else "")):
-            text = f"too many requests a minute: try again in {wait} s"
-            response = JSONResponse({"error": text}, 429, {"Retry-After": str(wait)})
+        try:
+            api.check_rate(search_rate if by_query else other_rate, request)
+        except HTTPException as error:
+            response = await refused(request, error)
         else:
             try:
                 response = await answer(request)
@@ -216,7 +251,7 @@ def is_local(listener: socket.socket) -> bool:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until Ctrl-C, and then finish what is being answered, for up to three seconds.
+    """Serve until Ctrl-C or SIGTERM, and then answer every request that has come, for up to 30 seconds.
 
     A connection over which no whole request comes within ten seconds is closed; of more than 256 at a time, the one
     that has waited for longest.
@@ -269,7 +304,7 @@ class _Current:
         try:
             found, problem = self._index.reloaded(), ""
             if found is not self._index:
-                logger.info("the index was saved again: %s texts are served now", f"{len(found):,}")
+                logger.info("the index has changed: %s texts are served now", f"{len(found):,}")
             self._index = found
         except (ValueError, OSError) as error:
             problem = str(error)
@@ -292,6 +327,9 @@ def _protocol() -> type:
                 everyone: set[Any] = self.connections
                 min(everyone, key=lambda each: (each.answers(), each.timer.when())).transport.abort()
 
+        def shutdown(self) -> None:
+            self.loop.call_later(_LAST_SECONDS, super().shutdown)  # answers what is on its way on this connection
+
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self.timer.cancel()
@@ -312,31 +350,12 @@ def _protocol() -> type:
     return Impatient
 
 
-def _checked(query: str, k: int, conditions: Sequence[str], limits: Limits) -> Filter | None:
-    """The filter of a search that is within the limits."""
-    if not query.strip():
-        raise ValueError("the query is empty: say what to search for")
-    if len(query) > limits.query_characters:
-        raise ValueError(
-            f"the query has {len(query):,} characters; at most {limits.query_characters:,} are searched for"
-        )
-    if not 1 <= k <= limits.results:
-        raise ValueError(f"asked for {k:,} results (k): 1 to {limits.results:,} are possible")
-    if len(conditions) > _FILTERS:
-        raise ValueError(f"there are {len(conditions):,} conditions in the filter; at most {_FILTERS} are possible")
-    if any(len(condition) > limits.query_characters for condition in conditions):
-        raise ValueError(f"a condition of the filter has more than {limits.query_characters:,} characters")
-    return parse_filter(conditions)
-
-
-def _timed_search(index: SemanticIndex, query: str, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
+def _timed_search(
+    index: SemanticIndex, queries: Sequence[str], k: int, where: Filter | None
+) -> tuple[float, list[list[Hit]]]:
     start = time.perf_counter()
-    (hits,) = search_typed(index, [query], k, where)
+    hits = search_typed(index, queries, k, where)
     return time.perf_counter() - start, hits
-
-
-def _result(rank: int, hit: Hit, gallery: Gallery | None) -> dict[str, Any]:
-    return {"rank": rank, **asdict(hit), "thumbnail": None if gallery is None else gallery.url(hit)}
 
 
 def _description(index: SemanticIndex, limits: Limits, gallery: Gallery | None) -> dict[str, Any]:
@@ -353,23 +372,32 @@ def _description(index: SemanticIndex, limits: Limits, gallery: Gallery | None) 
 
 def _headers(page: str) -> dict[str, str]:
     """Headers of all answers: the page runs its own script and style, and loads from here alone."""
+    return {
+        "Content-Security-Policy": _policy(_source(page, "script"), _source(page, "style")),
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+
+
+def _docs_policy(page: str) -> str:
+    """That of the page at /docs, whose library writes styles into it."""
+    return _policy(f"'self' {_source(page, 'script')}", "'self' 'unsafe-inline'")
+
+
+def _policy(script: str, style: str) -> str:
     policy = {
         "default-src": "'none'",
-        "script-src": _source(page, "script"),
-        "style-src": _source(page, "style"),
+        "script-src": script,
+        "style-src": style,
         "img-src": "'self' data:",
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'self'",
         "frame-ancestors": "'none'",
     }
-    return {
-        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-    }
+    return "; ".join(f"{name} {value}" for name, value in policy.items())
 
 
 def _source(page: str, tag: str) -> str:

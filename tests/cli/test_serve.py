@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPResponse
 from socket import create_connection
 from urllib.error import HTTPError
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
 import pytest
@@ -126,6 +127,7 @@ HALVES = [
     b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf",
     b"GET /api/info HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
     b"GET /api/info HTTP/1.1\r\nHost: localhost\r\n\r\nGET /api/info",
+    b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf",
 ]
 
 
@@ -146,7 +148,7 @@ def test_half_a_request_holds_nothing_for_long(index):
         assert status(f"{url}/api/info") == 200
 
 
-def test_an_index_that_is_saved_meanwhile_is_served(index, tmp_path):
+def test_an_index_that_is_saved_or_replaced_meanwhile_is_served(index, tmp_path, tiny_bert):
     folder = copy_tree(index, tmp_path / "index")
     with serving(folder, "--rate", 100_000, _LOOK_SECONDS=0.0) as (process, url):
         writer = SemanticIndex.load(folder)
@@ -171,11 +173,54 @@ def test_an_index_that_is_saved_meanwhile_is_served(index, tmp_path):
         manifest["checksum"] = manifest_checksum(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         assert [found() for _ in range(20)] == ["new"] * 20
+        torch.manual_seed(1)
+        build_student(str(tiny_bert)).to("cpu").save_pretrained(str(tmp_path / "another"))
+        SemanticIndex.build(str(tmp_path / "another"), ["a small child"], ids=["other"], path=tmp_path / "replacement")
+        folder.rename(tmp_path / "before")
+        (tmp_path / "replacement").rename(folder)
+        until = time.monotonic() + 60
+        while found() != "other":
+            assert time.monotonic() < until
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert "INFO: the index was saved again: 6 texts are served now" in errors
+    assert "INFO: the index has changed: 6 texts are served now" in errors
+    assert "INFO: the index has changed: 1 texts are served now" in errors
     assert errors.count("the one of before is served: ") == 1
     assert f"{vectors} has 0 bytes" in errors
+
+
+def test_every_request_that_came_is_answered_after_sigterm(index):
+    body = json.dumps({"queries": [f"{number} dogs and a {'child ' * 100}" for number in range(64)]}).encode()
+    head = f"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with serving(index, "--rate", 10_000) as (process, url), ExitStack() as opened:
+        place = re.search(r"//(.*):(\d+)", url).groups()
+        connections = [opened.enter_context(create_connection(place, timeout=60)) for _ in range(8)]
+        idle = opened.enter_context(create_connection(place, timeout=60))
+        for connection in connections:
+            connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        for connection in connections:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 100"), "the server reads the request"
+        process.send_signal(signal.SIGTERM)
+        for connection in connections:
+            connection.sendall(body)
+        for connection in connections:
+            response = HTTPResponse(connection)
+            response.begin()
+            assert response.status == 200
+            assert [len(results) for results in json.load(response)["results"]] == [5] * 64
+        assert closed(idle), "without waiting for what it may ask for"
+        assert process.wait(60) == -signal.SIGTERM
+        with pytest.raises(ConnectionRefusedError):
+            create_connection(place)
+
+
+def test_ids_come_as_they_are_written(tmp_path, index):
+    model = index.parent / "a-student"
+    SemanticIndex.build(str(model), ["a dog", "a cat"], ids=["%2F", "../a//b/"], path=tmp_path / "odd")
+    with serving(tmp_path / "odd") as (_, url):
+        for key in ("%2F", "../a//b/"):
+            with urlopen(f"{url}/api/items/{quote(key, safe='')}", timeout=60) as response:
+                assert json.load(response)["id"] == key
 
 
 def test_in_a_browser(index):
@@ -187,12 +232,15 @@ def test_in_a_browser(index):
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
         command.append(f"--user-data-dir={index.parent / 'profile'}")
         return subprocess.run(
-            [*command, f"{url}/?{urlencode(parameters, doseq=True)}"], capture_output=True, text=True, check=True
+            [*command, f"{url}?{urlencode(parameters, doseq=True)}"], capture_output=True, text=True, check=True
         ).stdout
 
-    with serving(index, "--images", index.parent / "images") as (_, url):
-        page = shown(url, {"q": "a dog runs", "k": 5, "filter": ["year>=2000", "year<=2004"]})
-        wrong = shown(url, {"q": "a dog", "k": 500})
+    with serving(index, "--images", index.parent / "images", "--docs") as (_, url):
+        described = shown(f"{url}/docs", {})
+        page = shown(f"{url}/", {"q": "a dog runs", "k": 5, "filter": ["year>=2000", "year<=2004"]})
+        wrong = shown(f"{url}/", {"q": "a dog", "k": 500})
+    for request in ("/api/search", "/api/items", "/api/info"):
+        assert re.search(rf'data-path="{request}', described), "the library of the page runs"
     results = page[page.index('id="results"') : page.index("</ol>")]
     assert "<title>a dog runs · Semantic search</title>" in page, "what is hostile did not run"
     assert "5 texts · a-student · faiss Flat" in page

@@ -111,7 +111,7 @@ def test_info(client, tiny_bert):
         "model": tiny_bert.name,
         "engine": "faiss",
         "index": "Flat",
-        "limits": {"query_characters": 1000, "results": 100, "requests_per_minute": 120, "waiting": 16},
+        "limits": {"query_characters": 1000, "results": 100, "requests_per_minute": 120, "waiting": 16, "queries": 64},
         "images": False,
     }
 
@@ -186,6 +186,7 @@ def test_a_small_limit_is_the_default_number_of_results(index):
         {"requests_per_minute": 0},
         {"requests_per_minute": 0.5},
         {"waiting": -1},
+        {"queries": 0},
     ],
 )
 def test_limits_are_checked(wrong):
@@ -205,6 +206,7 @@ def test_a_token_bucket():
     assert rate.wait("a") > 9
     now[0] = 10_000
     assert [rate.wait("a") > 0 for _ in range(7)] == [False] * 6 + [True]
+    assert (rate.wait("c", 5), rate.wait("c", 3), rate.wait("c", 1)) == (0, 20, 0), "a refusal counts nothing"
 
 
 def test_a_token_bucket_forgets_the_clients_of_long_ago():
@@ -306,7 +308,7 @@ def test_other_paths_and_methods(client):
     assert error(client.get("/docs"), 404) == "Not Found"
     assert error(client.get("/openapi.json"), 404) == "Not Found"
     assert error(client.get("/api/search/", params={"q": "dog"}), 404) == "Not Found"
-    assert error(client.post("/api/search"), 405) == "Method Not Allowed"
+    assert error(client.put("/api/search"), 405) == "Method Not Allowed"
 
 
 @pytest.mark.parametrize("path", ["/", "/api/info", "/api/search?q=dog"])
