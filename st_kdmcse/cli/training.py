@@ -200,12 +200,12 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 "--eval-data",
                 default=default.eval_data,
                 show_default=True,
-                help="STS-B: a SentEval directory, or a dataset's hub name or folder.",
+                help="STS-B in any language: a SentEval directory, or a dataset's folder, hub name or NAME:CONFIG.",
             ),
             click.option("--output-dir", type=path, default=output_dir, show_default=True),
             click.option("--epochs", type=COUNT, default=default.epochs, show_default=True),
             click.option("--max-steps", type=COUNT, help="Steps, instead of epochs."),
-            click.option("--batch-size", type=COUNT, help="Sentences a step and device.  [BERT: 64; RoBERTa: 128]"),
+            click.option("--batch-size", type=COUNT, help="Sentences a batch and device.  [BERT: 64; RoBERTa: 128]"),
             click.option(
                 "--mini-batch-size",
                 type=COUNT,
@@ -215,6 +215,17 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 "--matryoshka-dims",
                 type=ListType(int),
                 help="Sizes that embeddings can be cut to, such as 384,256,128, the whole one among them.  [off]",
+            ),
+            click.option(
+                "--gradient-accumulation-steps",
+                type=COUNT,
+                default=default.gradient_accumulation_steps,
+                show_default=True,
+                help="Batches a step; each has its own negatives alone.",
+            ),
+            click.option("--gradient-checkpointing", is_flag=True, help="Save memory: compute activations twice."),
+            click.option(
+                "--lora", type=COUNT, metavar="R", help="Train updates of rank R of the attention alone (peft).  [off]"
             ),
             click.option("--lr", type=NUMBER, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
             click.option(
@@ -232,7 +243,7 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 type=click.Choice(get_args(PoolingMode)),
                 default=default.pooling,
                 show_default=True,
-                help="Sentence embedding: the [CLS] vector, or the mean of the token vectors.",
+                help="Sentence embedding; auto is the model's own, and [CLS] of a plain encoder.",
             ),
             click.option("--max-seq-length", type=COUNT, default=default.max_seq_length, show_default=True),
             click.option("--pair-every", type=COUNT, help="Steps from one pair batch to the next.  [|text| / |pairs|]"),

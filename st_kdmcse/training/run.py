@@ -39,7 +39,8 @@ from st_kdmcse.training.checkpoints import (
 )
 from st_kdmcse.training.head_init import align_heads
 from st_kdmcse.training.hub import check_repository, create_repository, push
-from st_kdmcse.training.inputs import TrainingInputs, check_sizes, data_checksums, encoder_type
+from st_kdmcse.training.inputs import TrainingInputs, check_sizes, check_student, data_checksums, encoder_type
+from st_kdmcse.training.lora import LORA_NAME, add_lora, check_lora
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.progress import ShowProgress
@@ -60,7 +61,13 @@ from st_kdmcse.training.run_folder import (
     save_into,
 )
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student, check_matryoshka_dims, student_checksums
+from st_kdmcse.training.student import (
+    build_student,
+    check_matryoshka_dims,
+    check_modules,
+    enable_checkpointing,
+    student_checksums,
+)
 from st_kdmcse.training.summary import BestScores, run_record, training_summary
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
 from st_kdmcse.training.trainer import KDMCSETrainer
@@ -102,12 +109,19 @@ def train(
     if state.is_main_process:
         check_output_dir(options.output_dir, options.resume, options.extraction is not None)
         repository = check_repository(options.push_to_hub, options.private) if options.push_to_hub else None
+    check_modules(options.model, options.pooling)
+    kind = encoder_type(options.model)
+    if options.lora:
+        check_lora(kind)
+    if options.extraction is not None:
+        check_student(options)
     if options.resume:
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
-    arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
+    arguments = options.trainer_arguments(roberta="roberta" in kind)
     inputs = TrainingInputs.load(options, state)
     check_unchanged(repeats or {}, inputs.checksums)
-    check_sizes(inputs.sources, arguments.per_device_train_batch_size)
+    batches_a_step = arguments.gradient_accumulation_steps * arguments.world_size
+    check_sizes(inputs.sources, arguments.per_device_train_batch_size, batches_a_step)
     with locked(options.output_dir) if state.is_main_process else nullcontext():
         summary = _train(
             options, arguments, inputs, state, stop or StopOnSignal(), repository, repeats or {}, callbacks
@@ -139,8 +153,10 @@ def _train(
     set_seed(options.seed)
     model = build_student(options.model, options.max_seq_length, options.pooling)
     check_matryoshka_dims(model, options.matryoshka_dims)
-    student = student_checksums(model[0].auto_model, model.tokenizer)
+    student = student_checksums(model[0].auto_model, model.tokenizer, list(model)[1:])
     check_unchanged(repeats, student)
+    if options.gradient_checkpointing:
+        enable_checkpointing(model)
     if repository:
         model.model_card_data.set_model_id(repository)
         create_repository(repository, options.private)
@@ -161,6 +177,8 @@ def _train(
                 run["score_before"] = spearman(evaluator, model)
         with writing(options.output_dir / RUN_NAME):
             write_json(options.output_dir / RUN_NAME, run)
+    if options.lora:
+        add_lora(model, options.lora)
     trainer = KDMCSETrainer(
         model,
         arguments,
@@ -280,9 +298,10 @@ def _load_best(
     model: SentenceTransformer = trainer.model
     # Every evaluation has written its scores into the card, the latest last: those of the best step go there again.
     test = sts_evaluator(inputs.test, "sts-test")
-    dev_by_size, test_by_size = (spearman_by_size(each, model, sizes) for each in (evaluator, test))
-    by_size = {size: (dev_by_size[size], test_by_size[size]) for size in sizes}
-    scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size)
+    with trainer.around_files():  # as it is saved
+        dev_by_size, test_by_size = (spearman_by_size(each, model, sizes) for each in (evaluator, test))
+        by_size = {size: (dev_by_size[size], test_by_size[size]) for size in sizes}
+        scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size)
     model.model_card_data.set_best_model_step(best.step)
     return scores
 
@@ -293,6 +312,7 @@ def _save(trainer: KDMCSETrainer, output_dir: Path, last: Path | None) -> None:
     def save(folder: Path) -> None:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
+        (folder / LORA_NAME).unlink(missing_ok=True)  # merged into the weights
 
     save_into(output_dir, save)
     if last is not None:

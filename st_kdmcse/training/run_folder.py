@@ -14,6 +14,7 @@ from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import device_type
 from st_kdmcse.provenance import differences
 from st_kdmcse.training.checkpoints import RECORD_NAME, checkpoints_in, writing
+from st_kdmcse.training.lora import LORA_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,14 @@ _STATE_FILES = (
     "trainer_state.json",
     "training_args.bin",
     RECORD_NAME,
+    LORA_NAME,
 )
 
 # Options that may differ between a run and its resumption: they do not change what is computed, or their content is
 # compared.
 _FREE_TO_CHANGE = frozenset(
     {"resume", "report_to", "run_name", "push_to_hub", "private", "output_dir", "workers", "save_steps"}
-    | {"text", "features", "extraction", "eval_data", "exclude_images", "exclude_overlap"}
+    | {"text", "features", "extraction", "eval_data", "exclude_images", "exclude_overlap", "gradient_checkpointing"}
 )
 _DAMAGED = "remove its folder and train again"
 

@@ -16,6 +16,7 @@ from st_kdmcse.provenance import device_name, versions
 from st_kdmcse.training.checkpoints import METRIC
 from st_kdmcse.training.inputs import TrainingInputs
 from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.student import pooling_of
 from st_kdmcse.training.thresholds import BranchFilter
 from st_kdmcse.training.trainer import KDMCSETrainer
 
@@ -85,6 +86,7 @@ def training_summary(
         "recipe": options.recipe,
         "config": trainer.head_losses[0].get_config_dict(),
         "options": run["options"],
+        "pooling": pooling_of(trainer.model),
         "batch_size": trainer.args.per_device_train_batch_size,
         "learning_rate": trainer.args.learning_rate,
         "head_learning_rate": options.head_learning_rate or trainer.args.learning_rate,
