@@ -19,6 +19,7 @@ COMMANDS = {
     "export": ("export:main", "Make a model of sentences and images of a finished run."),
     "ablate": ("ablation:main", "Train several methods over seeds, and compare them."),
     "sweep": ("margin_sweep:main", "Train KDMCSE with several margins over seeds, and compare them."),
+    "tune": ("tune:main", "Search for the options that score best, and train with them."),
     "compare": ("compare:main", "Compare finished runs, seed by seed."),
     "index": ("index:index", "Make a search index of a file of texts, and keep it up to date."),
     "search": ("search:search", "Search an index by meaning."),
