@@ -20,6 +20,7 @@ from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.hub import PushError
 from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.metric import NANOBEIR_DATA
 from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
 from st_kdmcse.training.presets import PRESETS, DatasetPreset
 from st_kdmcse.training.run import train
@@ -202,6 +203,11 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 show_default=True,
                 help="STS-B in any language: a SentEval directory, or a dataset's folder, hub name or NAME:CONFIG.",
             ),
+            click.option(
+                "--metric",
+                help="What chooses the best model: nanobeir, or some of its tasks: nanobeir:msmarco,nq.  [STS-B dev]",
+            ),
+            click.option("--nanobeir-data", help=f"NanoBEIR: a dataset's hub name or folder.  [{NANOBEIR_DATA}]"),
             click.option("--output-dir", type=path, default=output_dir, show_default=True),
             click.option("--epochs", type=COUNT, default=default.epochs, show_default=True),
             click.option("--max-steps", type=COUNT, help="Steps, instead of epochs."),
@@ -381,6 +387,12 @@ def report(summary: Mapping[str, Any], output_dir: Path) -> str:
         for scores in summary["sts_by_size"]:
             dev, test = 100 * scores["dev"], 100 * scores["test"]
             lines.append(f"  cut to {scores['size']} dimensions: {dev:.2f} dev, {test:.2f} test")
+        if metric := summary["metric"]:
+            of_best = next(point["score"] for point in metric["curve"] if point["step"] == best["step"])
+            lines.append(
+                f"{metric['name']}, which chose: {metric['before']:.4f} before, {of_best:.4f} best, "
+                f"{metric['curve'][-1]['score']:.4f} last"
+            )
         lines.append(f"best model: {output_dir}, last model: {output_dir / 'last'}")
     else:
         lines.append(f"model: {output_dir} (of the last step: there was no evaluation)")

@@ -20,6 +20,7 @@ from st_kdmcse.data.sts import STSTask
 from st_kdmcse.extraction import extract_dataset
 from st_kdmcse.files import progress_bar, sha256_file
 from st_kdmcse.training.lora import check_lora
+from st_kdmcse.training.metric import Metric, load_metric
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import FEATURES_NAME
 from st_kdmcse.training.schedule import pair_rows
@@ -50,6 +51,7 @@ class TrainingInputs:
             of "text" sentences, which are trained on all the same; else None.
         dev: STS-B dev, None without evaluation.
         test: STS-B test, None without evaluation.
+        metric: what chooses the best model instead of STS-B dev, or None.
         checksums: SHA-256 of the data by name, see :func:`data_checksums`.
     """
 
@@ -59,6 +61,7 @@ class TrainingInputs:
     overlap: dict[str, int] | None
     dev: STSPairs | None
     test: STSPairs | None
+    metric: Metric | None
     checksums: dict[str, str]
 
     @classmethod
@@ -74,8 +77,9 @@ class TrainingInputs:
         """
         _check_paths(options)
         dev, test = _load_sts(options)
+        metric = load_metric(options.metric, options.nanobeir_data)
         sources: dict[str, Dataset] = {}
-        checksums = _sts_checksums(dev, test)
+        checksums = _sts_checksums(dev, test) | _metric_checksum(metric)
         store = left_out = counts = None
         evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
         if options.text is not None:
@@ -99,7 +103,7 @@ class TrainingInputs:
                 counts = {"images": overlap.images, "captions": len(overlap.captions), "text": sentences}
             sources["pairs"] = pairs
         checksums |= _exclusion_checksums(options, evaluated)
-        return cls(sources, store, left_out, counts, dev, test, checksums)
+        return cls(sources, store, left_out, counts, dev, test, metric, checksums)
 
 
 def check_sizes(sources: Mapping[str, Dataset], batch_size: int, batches_a_step: int = 1) -> None:
@@ -153,6 +157,7 @@ def check_inputs(options: TrainingOptions) -> None:
     if options.lora:
         check_lora(kind)
     _load_sts(options)
+    load_metric(options.metric, options.nanobeir_data)
     evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
     if options.text is not None:
         read_sentences(options.text, options.text_column, options.deduplicate)
@@ -186,8 +191,8 @@ def check_student(options: TrainingOptions) -> None:
 def data_checksums(options: TrainingOptions) -> dict[str, str]:
     """SHA-256 of the data of a run by name.
 
-    The names are "text", "features", "excluded images", "evaluation sets" (of ``exclude_overlap``), and where it
-    evaluates "sts-dev" and "sts-test".
+    The names are "text", "features", "excluded images", "evaluation sets" (of ``exclude_overlap``), where it evaluates
+    "sts-dev" and "sts-test", and "metric" where NanoBEIR chooses the best model.
 
     Args:
         options: the run, with its features, if any, in a feature store.
@@ -197,6 +202,7 @@ def data_checksums(options: TrainingOptions) -> dict[str, str]:
     """
     _check_paths(options)
     checksums = _sts_checksums(*_load_sts(options))
+    checksums |= _metric_checksum(load_metric(options.metric, options.nanobeir_data))
     if options.text is not None:
         checksums["text"] = sha256_file(options.text)
     if options.features is not None:
@@ -240,6 +246,10 @@ def _load_sts(options: TrainingOptions) -> tuple[STSPairs | None, STSPairs | Non
 
 def _sts_checksums(*splits: STSPairs | None) -> dict[str, str]:
     return {pairs.name: STSTask("STS-B", (pairs,)).checksum for pairs in splits if pairs is not None}
+
+
+def _metric_checksum(metric: Metric | None) -> dict[str, str]:
+    return {} if metric is None or metric.checksum is None else {"metric": metric.checksum}
 
 
 def _left_out(options: TrainingOptions, store: FeatureStore, overlap: Overlap | None) -> LeftOut | None:

@@ -17,6 +17,7 @@ from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import check_seed, cpu_only, device_type
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.metric import MetricOption, check_metric
 from st_kdmcse.training.reporting import check_run_name, trackers
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
 from st_kdmcse.training.student import PoolingMode
@@ -54,6 +55,11 @@ class TrainingOptions:
         config: options of :class:`~st_kdmcse.KDMCSEConfig` that differ from the recipe.
         eval_data: STS-B, or another set of pairs in any language, as :func:`~st_kdmcse.data.load_sts_benchmark` reads
             it: a SentEval directory, or a dataset's folder, hub name, or NAME:CONFIG.
+        metric: what the best model is chosen by, beside STS-B dev, which is evaluated all the same: "nanobeir",
+            "nanobeir:msmarco,nq" for the mean NDCG@10 of some of its tasks, or any evaluator of sentence-transformers,
+            whose primary metric it is then. None is STS-B dev.
+        nanobeir_data: NanoBEIR's hub name, or a folder of its layout; None is
+            :data:`~st_kdmcse.training.metric.NANOBEIR_DATA`.
         output_dir: folder of the run; must be empty or absent, except for a run that is resumed.
         epochs: passes over the larger source.
         max_steps: optimizer steps, instead of epochs.
@@ -112,6 +118,8 @@ class TrainingOptions:
     method: str = "kdmcse"
     config: Mapping[str, Any] = field(default_factory=dict)
     eval_data: str = "sentence-transformers/stsb"
+    metric: MetricOption = None
+    nanobeir_data: str | None = None
     output_dir: Path = Path("kdmcse-bert")
     epochs: int = 3
     max_steps: int | None = None
@@ -155,6 +163,11 @@ class TrainingOptions:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         check_seed(self.seed)
+        check_metric(self.metric)
+        if self.metric is not None and not self.eval_steps:
+            raise ValueError("`metric` chooses among evaluations, and `eval_steps` 0 turns them off: leave one out")
+        if self.nanobeir_data is not None and not isinstance(self.metric, str):
+            raise ValueError("`nanobeir_data` is read for `metric` nanobeir: give both, or none")
         for name in ("eval_steps", "workers", "mini_batch_size", "lora"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")

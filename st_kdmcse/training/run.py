@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
 
@@ -30,6 +31,7 @@ from st_kdmcse.processes import processes
 from st_kdmcse.training.callbacks import EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
 from st_kdmcse.training.checkpoints import (
     METRIC,
+    SCORE,
     STATE_NAME,
     KeepTwoCheckpoints,
     latest_checkpoint,
@@ -74,6 +76,8 @@ from st_kdmcse.training.trainer import KDMCSETrainer
 
 logger = logging.getLogger(__name__)
 
+_SCORES = {METRIC: "the score on STS-B dev", SCORE: "the score that chooses the best model"}
+
 
 def train(
     options: TrainingOptions,
@@ -83,8 +87,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a student and save it as a stock sentence-transformers model.
 
-    ``output_dir`` then holds the model with the best STS-B dev score, its heads (``heads/``), the last model
-    (``last/``), the checkpoints and ``training_summary.json``.
+    ``output_dir`` then holds the model with the best score, on STS-B dev or the ``metric`` of the options, its heads
+    (``heads/``), the last model (``last/``), the checkpoints and ``training_summary.json``.
 
     Args:
         options: what to train.
@@ -170,11 +174,14 @@ def _train(
     )
     filters = _announce_filters(loss, options) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
+    metric = [inputs.metric.evaluator] if inputs.metric else []
     if state.is_main_process:
         claim_student(options.output_dir, run, student)
         if evaluator and "score_before" not in run:
             with autocast("bfloat16" if arguments.bf16 else "float32", model.device):  # as all scores of the curve
                 run["score_before"] = spearman(evaluator, model)
+                if inputs.metric:
+                    run["metric_before"] = inputs.metric.score(model)
         with writing(options.output_dir / RUN_NAME):
             write_json(options.output_dir / RUN_NAME, run)
     if options.lora:
@@ -184,7 +191,7 @@ def _train(
         arguments,
         inputs.sources,
         loss=MatryoshkaLoss(model, loss, options.matryoshka_dims) if options.matryoshka_dims else loss,
-        evaluator=evaluator,
+        evaluator=SequentialEvaluator([evaluator, *metric]) if evaluator else None,  # the last one is the score
         pair_every=options.pair_every,
         head_learning_rate=options.head_learning_rate,
         captions_per_image_in_batch=options.captions_per_image_in_batch,
@@ -277,10 +284,11 @@ def _state_of(checkpoint: Path) -> TrainerState:
 
 def _check_converged(trainer: KDMCSETrainer) -> None:
     for entry in trainer.state.log_history:
-        if METRIC in entry and not math.isfinite(entry[METRIC]):
+        broken = [what for key, what in _SCORES.items() if not math.isfinite(entry.get(key, 0))]
+        if broken:
             raise ValueError(
-                f"training diverged: the score on STS-B dev at step {entry['step']} is not a number; train again with "
-                "a smaller `lr`"
+                f"training diverged: {broken[0]} at step {entry['step']} is not a number; train again with a smaller "
+                "`lr`"
             )
 
 
@@ -301,7 +309,8 @@ def _load_best(
     with trainer.around_files():  # as it is saved
         dev_by_size, test_by_size = (spearman_by_size(each, model, sizes) for each in (evaluator, test))
         by_size = {size: (dev_by_size[size], test_by_size[size]) for size in sizes}
-        scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size)
+        metric = inputs.metric.score(model) if inputs.metric else None
+        scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size, metric)
     model.model_card_data.set_best_model_step(best.step)
     return scores
 

@@ -41,7 +41,8 @@ _STATE_FILES = (
 # compared.
 _FREE_TO_CHANGE = frozenset(
     {"resume", "report_to", "run_name", "push_to_hub", "private", "output_dir", "workers", "save_steps"}
-    | {"text", "features", "extraction", "eval_data", "exclude_images", "exclude_overlap", "gradient_checkpointing"}
+    | {"text", "features", "extraction", "eval_data", "nanobeir_data", "exclude_images", "exclude_overlap"}
+    | {"gradient_checkpointing"}
 )
 _DAMAGED = "remove its folder and train again"
 
