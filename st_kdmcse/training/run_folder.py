@@ -88,7 +88,10 @@ def export_folder(output_dir: Path, export: Path) -> Path:
         ValueError: if the run needs that folder for something else.
     """
     path = output_dir / export
-    own = [output_dir, *(output_dir / name for name in (CHECKPOINTS_NAME, EVENTS_NAME, FEATURES_NAME, LAST_NAME, HEADS_DIR))]
+    own = [
+        output_dir,
+        *(output_dir / name for name in (CHECKPOINTS_NAME, EVENTS_NAME, FEATURES_NAME, LAST_NAME, HEADS_DIR)),
+    ]
     if path.resolve() in [each.resolve() for each in own]:
         raise ValueError(f"`export` {path} is a folder of the run itself: choose another")
     return path

@@ -8,7 +8,6 @@ pytest.importorskip("torchvision")
 from click.testing import CliRunner
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from teacher_models import make_tiny_multimodal
 
 from st_kdmcse import FeatureStore, build_student
 from st_kdmcse.cli.main import main
@@ -18,8 +17,8 @@ TEXTS = ["a dog", "Two men play football .", "", "a dog"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_clip):
-    return make_tiny_multimodal(tmp_path_factory.mktemp("multimodal") / "tiny-multimodal", tiny_clip)
+def folder(tiny_multimodal):
+    return tiny_multimodal
 
 
 @pytest.fixture(scope="module")
