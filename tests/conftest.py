@@ -126,6 +126,14 @@ def tiny_clip(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_multimodal(tmp_path_factory, tiny_clip) -> Path:
+    """Folder of a small, randomly initialised sentence-transformers model of texts and images."""
+    from teacher_models import make_tiny_multimodal
+
+    return make_tiny_multimodal(tmp_path_factory.mktemp("multimodal") / "tiny-multimodal", tiny_clip)
+
+
+@pytest.fixture(scope="session")
 def photo_set(tmp_path_factory) -> Path:
     """A data set of 45 real image files with 90 captions, in the layout of Flickr8k; not to be changed."""
     return make_images(tmp_path_factory.mktemp("photo-set") / "set", IMAGES)

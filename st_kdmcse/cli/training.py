@@ -35,6 +35,7 @@ _SOURCE_OF = {
     "text": ("text", "text_column"),
     "features": _FEATURES,
     "excluded images": ("exclude_images",),
+    "evaluation sets": ("exclude_overlap",),
     **dict.fromkeys(("sts-dev", "sts-test"), ("eval_data",)),
     **dict.fromkeys(("weights", "configuration", "tokenizer"), ("model",)),
 }
@@ -209,6 +210,16 @@ def training_options(command: Command, output_dir: Path) -> Command:
             ),
             click.option("--nanobeir-data", help=f"NanoBEIR: a dataset's hub name or folder.  [{NANOBEIR_DATA}]"),
             click.option("--output-dir", type=path, default=output_dir, show_default=True),
+            click.option(
+                "--export",
+                type=path,
+                is_flag=False,
+                flag_value="text-image",
+                metavar="[FOLDER]",
+                help="Make a model of sentences and images in the end, in OUTPUT_DIR/text-image or OUTPUT_DIR/FOLDER.",
+            ),
+            click.option("--export-teacher", help="Teacher of --export, if the features name none; as in export."),
+            click.option("--export-images", type=path, help="Images of --export, to see that it is that teacher."),
             click.option("--epochs", type=COUNT, default=default.epochs, show_default=True),
             click.option("--max-steps", type=COUNT, help="Steps, instead of epochs."),
             click.option("--batch-size", type=COUNT, help="Sentences a batch and device.  [BERT: 64; RoBERTa: 128]"),
@@ -396,6 +407,8 @@ def report(summary: Mapping[str, Any], output_dir: Path) -> str:
         lines.append(f"best model: {output_dir}, last model: {output_dir / 'last'}")
     else:
         lines.append(f"model: {output_dir} (of the last step: there was no evaluation)")
+    if export := summary["options"]["export"]:
+        lines.append(f"model of sentences and images: {output_dir / export}")
     lines += [
         f"details: {output_dir / 'training_summary.json'}",
         "",

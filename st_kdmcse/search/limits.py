@@ -17,6 +17,7 @@ _MOST = {
     "requests_per_minute": 1_000_000,
     "waiting": 1_000,
     "queries": 1_000,
+    "image_bytes": 1 << 26,
 }
 _CLIENTS = 10_000
 _Result = TypeVar("_Result")
@@ -33,6 +34,7 @@ class Limits:
             one a result.
         waiting: searches that may wait for the one that runs; 0 to 1,000.
         queries: of one request, which may not be more than those of a minute; 1 to 1,000.
+        image_bytes: of an image that is searched by; 1 to 64 MiB.
 
     Raises:
         ValueError: if one is out of its range; names it.
@@ -43,6 +45,7 @@ class Limits:
     requests_per_minute: int = 120
     waiting: int = 16
     queries: int = 64
+    image_bytes: int = 10 << 20
 
     def __post_init__(self) -> None:
         for field in fields(self):

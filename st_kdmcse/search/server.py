@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_kdmcse._version import __version__
-from st_kdmcse.data.images import ImageError
+from st_kdmcse.data.images import ImageError, load_image
 from st_kdmcse.search.base import Filter, Hit
 from st_kdmcse.search.filters import FilterError, search_typed
 from st_kdmcse.search.limits import BusyError, Limits, RateLimit, Turns
@@ -43,6 +43,8 @@ _REQUEST_SECONDS = 10
 _ANSWER_SECONDS = 60
 _LAST_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
+_QUERY_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_QUERY_PIXELS = 50_000_000
 
 
 def create_app(
@@ -63,6 +65,9 @@ def create_app(
     - ``POST /api/search`` with ``{"queries": ["a dog", "snow"], "k": 10, "filter": {"year": {"gte": 2000}}}``: the
       results of several queries, which are encoded together; ``filter`` may also be a list of what GET takes;
     - ``GET /api/items/ID``: ``id``, ``text``, ``metadata`` and ``thumbnail`` of a row;
+    - ``POST /api/search/image?k=10&filter=year>=2000``: the same for an image (JPEG, PNG, WebP, GIF or BMP, at most 50
+      million pixels), which is the body, with its media type as Content-Type; where the model of the index encodes
+      images;
     - ``GET /api/info``: rows, model, engine, index type, limits, and whether there are images;
     - ``GET /thumbnail?id=ID``: a JPEG of the image of a row.
 
@@ -161,7 +166,16 @@ def create_app(
         results = api.ranked(hits, shown)
         return JSONResponse({"query": q, "k": k, "seconds": round(seconds, 4), "results": results})
 
-    app.include_router(api.router(find, get_row, shown, search_rate, limits, _REQUEST_SECONDS))
+    async def find_near(image: bytes, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
+        now = current.get()
+        if not now.takes_images:
+            raise HTTPException(422, "the model of this index encodes no images, so nothing can be found by one")
+        try:
+            return await search_turns.take(lambda: _timed_image_search(now, image, k, where))
+        except (ImageError, FilterError) as error:
+            raise HTTPException(422, str(error)) from error
+
+    app.include_router(api.router(find, find_near, get_row, shown, search_rate, limits, _REQUEST_SECONDS))
     if docs:
         api.add_docs(app, _docs_policy)
 
@@ -358,6 +372,13 @@ def _timed_search(
     return time.perf_counter() - start, hits
 
 
+def _timed_image_search(index: SemanticIndex, content: bytes, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
+    start = time.perf_counter()
+    image = load_image(content, _QUERY_FORMATS, _QUERY_PIXELS)
+    (hits,) = search_typed(index, [image], k, where, images=True)
+    return time.perf_counter() - start, hits
+
+
 def _description(index: SemanticIndex, limits: Limits, gallery: Gallery | None) -> dict[str, Any]:
     known = index.info()
     name = known["model"]["name"]
@@ -367,6 +388,7 @@ def _description(index: SemanticIndex, limits: Limits, gallery: Gallery | None) 
         "index": known.get("factory", known.get("index")),
         "limits": asdict(limits),
         "images": gallery is not None,
+        "image_queries": index.takes_images,
     }
 
 

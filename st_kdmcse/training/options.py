@@ -61,6 +61,10 @@ class TrainingOptions:
         nanobeir_data: NanoBEIR's hub name, or a folder of its layout; None is
             :data:`~st_kdmcse.training.metric.NANOBEIR_DATA`.
         output_dir: folder of the run; must be empty or absent, except for a run that is resumed.
+        export: folder, from ``output_dir`` on, for the model of sentences and images that is made of the best
+            checkpoint in the end, see :func:`~st_kdmcse.training.text_image.export_text_image`; None makes none.
+        export_teacher: the ``teacher`` of that function; None is the one of ``extraction``, or that the features name.
+        export_images: the ``images`` of that function; None are those of ``extraction``.
         epochs: passes over the larger source.
         max_steps: optimizer steps, instead of epochs.
         batch_size: sentences a batch and device; 64, for RoBERTa 128.
@@ -121,6 +125,9 @@ class TrainingOptions:
     metric: MetricOption = None
     nanobeir_data: str | None = None
     output_dir: Path = Path("kdmcse-bert")
+    export: Path | None = None
+    export_teacher: str | None = None
+    export_images: Path | None = None
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int | None = None
@@ -204,7 +211,11 @@ class TrainingOptions:
             raise ValueError("`private` is said of the repository of `push_to_hub`: give both, or none")
         check_run_name(self.run_name)
         trackers(self.report_to)
-        self.loss_config()
+        has_heads = self.loss_config().multimodal_weight != 0 and METHODS[self.method].needs_features
+        if self.export is not None and not has_heads:
+            raise ValueError("`export` needs the heads of images, which mcse and kdmcse train: choose one of them")
+        if self.export is None and (self.export_teacher or self.export_images):
+            raise ValueError("`export_teacher` and `export_images` go with `export`")
 
     @property
     def has_features(self) -> bool:

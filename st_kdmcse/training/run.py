@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import SequentialEval
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
 
+from st_kdmcse.data import FeatureStore
 from st_kdmcse.evaluation.similarity import (
     TokenizedSimilarityEvaluator,
     spearman,
@@ -58,6 +59,7 @@ from st_kdmcse.training.run_folder import (
     check_unchanged,
     claim_student,
     copy_model,
+    export_folder,
     precision_to_resume,
     run_to_go_on,
     save_into,
@@ -71,6 +73,7 @@ from st_kdmcse.training.student import (
     student_checksums,
 )
 from st_kdmcse.training.summary import BestScores, run_record, training_summary
+from st_kdmcse.training.text_image import check_folder_is_free, export_text_image, open_tower
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
 from st_kdmcse.training.trainer import KDMCSETrainer
 
@@ -126,6 +129,9 @@ def train(
     check_unchanged(repeats or {}, inputs.checksums)
     batches_a_step = arguments.gradient_accumulation_steps * arguments.world_size
     check_sizes(inputs.sources, arguments.per_device_train_batch_size, batches_a_step)
+    if options.export is not None and inputs.store is not None and state.is_main_process:
+        check_folder_is_free(export_folder(options.output_dir, options.export))
+        _check_tower(options, inputs.store)
     with locked(options.output_dir) if state.is_main_process else nullcontext():
         summary = _train(
             options, arguments, inputs, state, stop or StopOnSignal(), repository, repeats or {}, callbacks
@@ -225,8 +231,38 @@ def _train(
         summary = training_summary(options, trainer, run, inputs, scores, filters, seconds)
         with writing(options.output_dir / SUMMARY_NAME):
             write_json(options.output_dir / SUMMARY_NAME, summary)
+        if options.export is not None and inputs.store is not None:
+            _export(options, inputs.store.path)
     state.wait_for_everyone()
     return summary
+
+
+def _export_source(options: TrainingOptions) -> tuple[str | None, Path | None]:
+    """Teacher and images of an export, where the options have them."""
+    teacher, images = options.export_teacher, options.export_images
+    if options.extraction is not None:
+        named = options.extraction.teacher
+        stock = named.startswith(("transformers:", "sentence-transformers:")) or Path(named).is_dir()
+        teacher = teacher or (named if stock else None)
+        images = images or options.extraction.images
+    return teacher, images
+
+
+def _check_tower(options: TrainingOptions, store: FeatureStore) -> None:
+    """Load what the export needs in the end, to find out before hours of training whether it can."""
+    try:
+        open_tower(store, *_export_source(options))
+    except (ValueError, FileNotFoundError) as error:
+        named = str(error).replace("`teacher`", "`export_teacher`").replace("`images`", "`export_images`")
+        raise type(error)(named) from error
+
+
+def _export(options: TrainingOptions, features: Path) -> None:
+    assert options.export is not None
+    path = export_folder(options.output_dir, options.export)
+    teacher, images = _export_source(options)
+    export_text_image(options.output_dir, path, teacher=teacher, features=features, images=images)
+    logger.info("a model of sentences and images is in %s", path)
 
 
 def changes_since_start(options: TrainingOptions, checksums: Mapping[str, str] | None = None) -> list[str]:

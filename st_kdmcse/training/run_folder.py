@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from st_kdmcse.files import LOCK, read_json, write_folder
+from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import device_type
 from st_kdmcse.provenance import differences
@@ -42,7 +43,7 @@ _STATE_FILES = (
 _FREE_TO_CHANGE = frozenset(
     {"resume", "report_to", "run_name", "push_to_hub", "private", "output_dir", "workers", "save_steps"}
     | {"text", "features", "extraction", "eval_data", "nanobeir_data", "exclude_images", "exclude_overlap"}
-    | {"gradient_checkpointing"}
+    | {"gradient_checkpointing", "export", "export_teacher", "export_images"}
 )
 _DAMAGED = "remove its folder and train again"
 
@@ -76,6 +77,26 @@ def check_output_dir(output_dir: Path, resume: bool, extracts: bool) -> None:
         elif found == {FEATURES_NAME}:
             remedy = f"move the converted features out of it and give them as `features`, or {remedy}"
         raise ValueError(f"`output_dir` {output_dir} is not empty: {remedy}")
+
+
+def export_folder(output_dir: Path, export: Path) -> Path:
+    """Where a run exports its model of sentences and images to.
+
+    Args:
+        output_dir: the folder of the run.
+        export: from there on.
+
+    Raises:
+        ValueError: if the run needs that folder for something else.
+    """
+    path = output_dir / export
+    own = [
+        output_dir,
+        *(output_dir / name for name in (CHECKPOINTS_NAME, EVENTS_NAME, FEATURES_NAME, LAST_NAME, HEADS_DIR)),
+    ]
+    if path.resolve() in [each.resolve() for each in own]:
+        raise ValueError(f"`export` {path} is a folder of the run itself: choose another")
+    return path
 
 
 def precision_to_resume(output_dir: Path, bf16: bool | None) -> bool | None:
