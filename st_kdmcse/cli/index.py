@@ -21,6 +21,7 @@ from st_kdmcse.cli.search_options import (
     Model,
     NamesType,
     RecallTarget,
+    TuneQueries,
     file_options,
     record_file,
     say_what_was_skipped,
@@ -57,6 +58,7 @@ def index() -> None:
 @file_options("number of the line, or row")
 @Factory
 @RecallTarget
+@TuneQueries
 @MemoryLimit
 @click.option(
     "--devices", type=NamesType(), metavar="A,B", help="Devices that share the encoding: cuda:0,cuda:1.  [all GPUs]"
@@ -68,6 +70,7 @@ def build(
     out: str,
     factory: str | None,
     recall_target: float,
+    tune_queries: Path | None,
     memory_limit: int | None,
     devices: list[str] | None,
     precision: Precision,
@@ -84,10 +87,14 @@ def build(
     quiet_libraries()
     with friendly_errors("stopped; what was encoded is kept, and the same command goes on from there"):
         records = record_file(file, columns)
+        queries = None if tune_queries is None else [record.text for record in RecordFile(tune_queries)]
         place = parse_address(out)
         if isinstance(place, MilvusAddress):
-            if factory or memory_limit or devices:
-                raise ValueError("--factory, --memory-limit and --devices are for an index in a folder, not in Milvus")
+            if factory or tune_queries or memory_limit or devices:
+                raise ValueError(
+                    "--factory, --tune-queries, --memory-limit and --devices are for an index in a folder, not for "
+                    "Milvus"
+                )
             total = records.check()
             made = SemanticIndex.open(out, model, create=True, precision=precision)
             _fill(made, records, total)
@@ -103,6 +110,7 @@ def build(
                 memory_limit=memory_limit,
                 devices=devices,
                 precision=precision,
+                tune_queries=queries,
             )
         click.echo(f"{len(made):,} texts of {file} are in {out}")
         say_what_was_skipped(records)
@@ -292,6 +300,8 @@ def _info(address: str) -> dict[str, Any]:
     else:
         backend, header = read_index(place)
     details = {name: header[name] for name in ("precision", "tuning", "versions", "date") if name in header}
+    if details.get("tuning"):
+        details["tuning"] = {**details["tuning"], "met": backend.tuning.met, "summary": str(backend.tuning)}
     intact = {} if isinstance(place, MilvusAddress) else {"checksums": "ok"}
     return {**backend.info(), "model": header.get("model"), **details, **intact}
 

@@ -46,6 +46,14 @@ _SHAPE: dict[str, Any] = {
     "files": {VECTORS: _FILE, TABLE: _FILE},
 }
 """What a manifest must hold, with types."""
+_NOTED_LATER: dict[str, Any] = {
+    "rows": int | None,
+    "low": int | float | None,
+    "high": int | float | None,
+    "source": str | None,
+    "near_copies": int | None,
+}
+"""Of the tuning, what the first indexes do not tell."""
 _OPTIONAL: dict[str, Any] = {
     "tuning": {
         "parameter": str | None,
@@ -54,7 +62,7 @@ _OPTIONAL: dict[str, Any] = {
         "target": int | float,
         "queries": int,
         "queries_per_second": int | float,
-        "rows": int | None,
+        **_NOTED_LATER,
     },
     "images": {"folder": str | None},
 }
@@ -175,7 +183,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     manifest = files.read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)
     if isinstance(manifest.get("tuning"), dict):
-        manifest["tuning"].setdefault("rows", None)  # was not noted at first
+        manifest["tuning"] = dict.fromkeys(_NOTED_LATER) | manifest["tuning"]
     optional = {name: shape for name, shape in _OPTIONAL.items() if manifest.get(name) is not None}
     if manifest.get("encoder") is not None:
         raise ValueError(

@@ -95,7 +95,25 @@ def test_build_with_options(tmp_path, model, sentences):
     info = json.loads(run("index", "info", tmp_path / "index", "--json").stdout)
     assert (info["factory"], info["rows"], info["checksums"]) == ("IVF4,Flat", 200, "ok")
     assert info["model"]["name"] == str(model)
+    assert (info["tuning"]["source"], info["tuning"]["met"]) == ("rows", False)  # 20 queries show no recall of 0.9
     assert SemanticIndex.load(tmp_path / "index").get(["200"])[0].text == sentences[199]
+
+
+def test_build_with_queries_to_tune_on(tmp_path, model, sentences):
+    path, queries, out = tmp_path / "sentences.txt", tmp_path / "queries.txt", tmp_path / "index"
+    path.write_text("\n".join(sentences))
+    arguments = ["index", "build", path, "--model", model, "--out", out, "--factory", "IVF4,Flat"]
+    assert "queries.txt" in fails(*arguments, "--tune-queries", queries)
+    queries.write_text("\n")
+    assert "queries.txt has no text" in fails(*arguments, "--tune-queries", queries)
+    queries.write_text("\n".join(f"{each} again" for each in sentences))
+    done = run(*arguments, "--tune-queries", queries, "--recall-target", "0.8")
+    assert done.exit_code == 0, done.output
+    shown = run("index", "info", out).stdout
+    assert re.search(
+        r"recall +[01]\.\d+ \(0\.\d+ to [01]\.\d+ with 99 % confidence\) on \d+ queries with nprobe", shown
+    )
+    assert "target 0.8: met" in shown
 
 
 def test_search_is_that_of_the_index(index, model):
