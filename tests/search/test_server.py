@@ -1,5 +1,6 @@
 """The search page's application, asked over HTTP."""
 
+import asyncio
 import io
 import logging
 import re
@@ -20,7 +21,7 @@ from starlette.testclient import TestClient
 
 from st_kdmcse import build_student
 from st_kdmcse.search import SemanticIndex, index_images
-from st_kdmcse.search.limits import Limits, RateLimit
+from st_kdmcse.search.limits import Limits, RateLimit, SharedTurns
 from st_kdmcse.search.server import LOCAL_HOSTS, create_app, is_local, listen
 
 HOSTILE = ["<script>document.title = 'taken'</script>", '<img src=x onerror="alert(1)"> & "quoted"']
@@ -275,7 +276,37 @@ def test_searches_take_turns_and_not_too_many_wait(index, monkeypatch):
                 assert response.headers["Retry-After"] == "1"
             else:
                 assert [each["id"] for each in response.json()["results"]] == expected[query]
-    assert together == [1, 1, 1]
+    assert together == [1, 1], "those that waited are searched for together"
+
+
+def test_questions_of_one_kind_share_a_turn():
+    turns, gate, calls = SharedTurns(waiting=10, most=4), threading.Event(), []
+
+    def answer(items):
+        calls.append(items)
+        assert gate.wait(30)
+        if "wrong" in items:
+            raise ValueError(items)
+        return [each.upper() for each in items]
+
+    async def ask():
+        first = asyncio.ensure_future(turns.take(answer, ["first"], 0))
+        while not calls:
+            await asyncio.sleep(0)
+        asked = [(["a"], 1), (["b", "c"], 1), (["d"], 2), (["e", "f"], 1), (["g"], 1), (["wrong"], 3), (["h"], 3)]
+        others = [asyncio.ensure_future(turns.take(answer, items, kind)) for items, kind in asked]
+        left = asyncio.ensure_future(turns.take(answer, ["nobody waits for it"], 1))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    *found, error, last = asyncio.run(ask())
+    assert found == [["FIRST"], ["A"], ["B", "C"], ["D"], ["E", "F"], ["G"]]
+    assert isinstance(error, ValueError)
+    assert last == ["H"], "the error of another is not its own"
+    assert calls == [["first"], ["a", "b", "c", "g"], ["d"], ["e", "f"], ["wrong", "h"], ["h"]]
 
 
 def test_an_unexpected_error_shows_nothing_of_the_inside(index, monkeypatch, caplog):
