@@ -175,9 +175,14 @@ def create_app(
         if not now.takes_images:
             raise HTTPException(422, "the model of this index encodes no images, so nothing can be found by one")
         try:
-            return await search_turns.take(lambda: _timed_image_search(now, image, k, where))
+            (found,) = await search_turns.take(
+                lambda images: [_timed_image_search(now, each, k, where) for each in images],
+                [image],
+                object(),  # in a turn of its own: an image that cannot be decoded is nobody else's error
+            )
         except (ImageError, FilterError) as error:
             raise HTTPException(422, str(error)) from error
+        return found
 
     app.include_router(api.router(find, find_near, get_row, shown, search_rate, limits, _REQUEST_SECONDS))
     if docs:
