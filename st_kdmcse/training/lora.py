@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,7 @@ def add_lora(student: SentenceTransformer, rank: int) -> None:
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank), encoder)
     trained = sum(update.numel() for update in _updates(student).values())
-    logger.info("LoRA trains %s parameters of the encoder, beside its %s", f"{trained:,}", f"{_size(encoder):,}")
+    logger.info("LoRA trains %s parameters of an encoder of %s", f"{trained:,}", f"{_size(encoder):,}")
 
 
 def has_lora(student: SentenceTransformer) -> bool:
@@ -82,12 +83,13 @@ def lora_merged(student: SentenceTransformer) -> Iterator[None]:
     if not has_lora(student):
         yield
         return
-    adapted = student[0].model
-    student[0].model = _merged(copy.deepcopy(adapted))
+    transformer: Any = _transformer(student)
+    adapted = transformer.model
+    transformer.model = _merged(copy.deepcopy(adapted))
     try:
         yield
     finally:
-        student[0].model = adapted
+        transformer.model = adapted
 
 
 def save_lora(student: SentenceTransformer, folder: Path) -> None:
@@ -126,10 +128,14 @@ def load_lora(student: SentenceTransformer, folder: Path) -> None:
 
 
 def _updates(student: SentenceTransformer) -> dict[str, Tensor]:
-    encoder = getattr(student[0], "model", None)
+    encoder = getattr(_transformer(student), "model", None)
     if not isinstance(encoder, nn.Module):
         return {}
     return {name: parameter for name, parameter in encoder.named_parameters() if _IN_NAMES in name}
+
+
+def _transformer(student: nn.Module) -> nn.Module | None:
+    return next(iter(getattr(student, "_orig_mod", student).children()), None)  # also of a compiled one
 
 
 def _size(encoder: nn.Module) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import batch_to_device, load_file_path
@@ -144,7 +145,10 @@ def check_modules(name_or_path: str, pooling: PoolingMode) -> list[str] | None:
     Raises:
         ValueError: for such a model; names the modules.
     """
-    path = load_file_path(name_or_path, "modules.json")
+    try:
+        path = load_file_path(name_or_path, "modules.json")
+    except RepositoryNotFoundError:  # of which more is said where the encoder is looked for
+        return None
     if path is None:
         return None
     try:
@@ -187,7 +191,7 @@ def _check_encoder(name_or_path: str, student: SentenceTransformer, max_seq_leng
     positions = _positions(encoder)
     if not 2 <= max_seq_length <= (positions or max_seq_length):
         raise ValueError(
-            f"max_seq_length must be from 2 to the {positions} positions of {name_or_path}, got {max_seq_length}"
+            f"`max_seq_length` must be from 2 to the {positions} positions of {name_or_path}, got {max_seq_length}"
         )
 
 

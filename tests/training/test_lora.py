@@ -45,7 +45,7 @@ def test_what_is_saved_is_a_stock_model_that_differs_by_updates_of_low_rank(make
     model = make(tmp_path)
     with caplog.at_level("INFO", "st_kdmcse"):
         summary = train(TrainingOptions(**options(data, model, output_dir=tmp_path / "run", **GIVEN)))
-    assert "LoRA trains 256 parameters of the encoder" in caplog.text  # 2 layers x 2 matrices x 2 x 16 x 2
+    assert "LoRA trains 256 parameters of an encoder" in caplog.text  # 2 layers x 2 matrices x 2 x 16 x 2
     assert summary["options"]["lora"] == 2
     start = build_student(str(model)).to("cpu")
     for folder in (tmp_path / "run", tmp_path / "run" / "last"):
