@@ -33,6 +33,7 @@ EVALUATIONS = {
     "cxc": ("cxc:main", "Score a model on caption pairs, or captions and images, of Crisscrossed Captions."),
     "transfer": ("transfer:main", "Score a model on MR, CR, SUBJ, MPQA, SST2, TREC and MRPC."),
     "retrieval": ("retrieval:main", "Find images by captions and captions by images: recall of student and teacher."),
+    "mteb": ("mteb:main", "Run benchmarks or tasks of MTEB into official result files."),
     "alignment": ("alignment_uniformity:main", "Measure alignment and uniformity of models."),
     "thresholds": ("threshold_statistics:main", "Show how often a teacher's score reaches a threshold."),
     "plot": ("visualize:main", "Draw maps of sentences, and list nearest neighbours."),

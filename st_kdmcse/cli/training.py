@@ -37,6 +37,7 @@ _SOURCE_OF = {
     "excluded images": ("exclude_images",),
     "evaluation sets": ("exclude_overlap",),
     **dict.fromkeys(("sts-dev", "sts-test"), ("eval_data",)),
+    "metric": ("metric", "nanobeir_data"),
     **dict.fromkeys(("weights", "configuration", "tokenizer"), ("model",)),
 }
 """The parameters that what a run is made of comes from, by its name in the record."""
