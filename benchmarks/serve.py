@@ -2,7 +2,7 @@
 
 Real sentences, encoded by all-MiniLM-L6-v2, are served by ``st-kdmcse serve`` as a user starts it. Clients of one
 process each send a query as soon as the one before is answered, over a connection that is kept; both share the cores
-with the server. Servers take turns, so that they meet the same machine.
+with the server. Servers take turns of a few seconds, so that they meet the same machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from st_kdmcse.search import SemanticIndex
 
 HERE = Path(__file__).resolve().parents[1]
 BATCH = 16
+ROUNDS = 6
 
 
 @click.command()
@@ -52,29 +54,43 @@ def main(sentences: Path, rows: int, beside: Path | None, clients: str, seconds:
     texts = list(islice(iter_sentences(sentences), rows + 2000))
     queries = [text[:1000] for text in texts[rows:]]
     servers = {"this": HERE} | ({} if beside is None else {"beside": beside.resolve()})
-    measured: dict[str, Any] = {name: {} for name in servers}
-    with tempfile.TemporaryDirectory() as folder:
+    measured: dict[str, dict[str, Any]] = {name: {} for name in servers}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         index = Path(folder) / "index"
         SemanticIndex.build(minilm_folder(), texts[:rows], path=index)
+        urls = {name: running.enter_context(serving(checkout, index)) for name, checkout in servers.items()}
         for count in map(int, clients.split(",")):
-            for name, checkout in servers.items():
-                with serving(checkout, index) as url:
-                    measured[name][f"{count} clients"] = asyncio.run(load(url, count, seconds, queries, 1))
-                    if name == "this":
-                        batches = asyncio.run(load(url, count, seconds, queries, BATCH))
-                        measured[name][f"{count} clients, {BATCH} queries a request"] = batches
-                click.echo(f"{name}: {json.dumps(measured[name])}")
-    result = {
-        "rows": rows,
-        "seconds": seconds,
-        "cores": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "servers": measured,
-        **provenance(),
-    }
+            contests = [(name, 1) for name in servers] + [("this", BATCH)]
+            found = {contest: Load() for contest in contests}
+            for _ in range(ROUNDS):
+                for name, batch in contests:
+                    asyncio.run(load(urls[name], count, seconds / ROUNDS, queries, batch, found[name, batch]))
+            for (name, batch), each in found.items():
+                title = f"{count} clients" + (f", {batch} queries a request" if batch > 1 else "")
+                measured[name][title] = each.summary(seconds)
+                click.echo(f"{name}, {title}: {json.dumps(measured[name][title])}")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    result = {"rows": rows, "seconds": seconds, "threads": threads, "servers": measured, **provenance()}
     click.echo(json.dumps(result, indent=2))
     if output:
         write_json(output, result)
+
+
+@dataclass
+class Load:
+    """Seconds of each request that was answered, and the number of answers of each status."""
+
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """Figures of so many seconds."""
+        median, last = 1000 * np.quantile(self.seconds or [np.nan], [0.5, 0.99])
+        return {
+            "requests_per_second": round(len(self.seconds) / seconds, 1),
+            "milliseconds": {"median": round(median, 1), "p99": round(last, 1)},
+            "statuses": dict(self.statuses),
+        }
 
 
 @contextmanager
@@ -94,40 +110,30 @@ def serving(checkout: Path, index: Path) -> Iterator[str]:
             process.wait(60)
 
 
-async def load(url: str, clients: int, seconds: float, queries: list[str], batch: int) -> dict[str, Any]:
-    """Ask for a time, after a tenth of it to warm up, as several clients."""
-    times: list[float] = []
-    statuses: Counter[int] = Counter()
-    start = time.perf_counter() + seconds / 10
+async def load(url: str, clients: int, seconds: float, queries: list[str], batch: int, found: Load) -> None:
+    """Ask for a time, after half a second to warm up, as several clients."""
+    start = time.perf_counter() + 0.5
     end = start + seconds
 
     async def ask(client: int) -> None:
         reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
-        generator = np.random.default_rng(client)
+        generator = np.random.default_rng([client, len(found.seconds)])
         while (begun := time.perf_counter()) < end:
             asked = [queries[row] for row in generator.integers(len(queries), size=batch)]
             writer.write(request(asked))
             head = await reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
             await reader.readexactly(int(length[1]) if length else 0)
-            status = int(head.split()[1])
-            if begun >= start:
-                statuses[status] += 1
-                if status == 200 and time.perf_counter() <= end:
-                    times.append(time.perf_counter() - begun)
+            status, now = int(head.split()[1]), time.perf_counter()
+            if start <= now <= end:
+                found.statuses[status] += 1
+                if status == 200:
+                    found.seconds.append(now - begun)
             if status == 503:
                 await asyncio.sleep(0.05)  # a client that is refused comes back
         writer.close()
 
     await asyncio.gather(*map(ask, range(clients)))
-    return {
-        "requests_per_second": round(len(times) / seconds, 1),
-        "milliseconds": {
-            "median": round(1000 * float(np.median(times)), 1),
-            "p99": round(1000 * float(np.quantile(times, 0.99)), 1),
-        },
-        "statuses": dict(statuses),
-    }
 
 
 def request(queries: list[str]) -> bytes:
