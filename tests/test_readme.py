@@ -209,8 +209,7 @@ def test_each_program_runs(ran, monkeypatch, sentences):
     }
     programs = blocks("python")
     assert len(programs) == 6
-    for name in ("flickr30k-features", "kdmcse-bert"):
-        copy_tree(ran / name, ran / f"{name}-kept")
+    copy_tree(ran / "kdmcse-bert", ran / "kdmcse-bert-kept")
     for program in programs:
         if "fit_objectives" in program:  # of the first block, with as many examples as batches of 64 need
             from st_kdmcse import KDMCSELoss
@@ -222,6 +221,7 @@ def test_each_program_runs(ran, monkeypatch, sentences):
         if "OpenCLIPTeacher" in program:  # its weights are fetched: another teacher, in a folder of its own
             program = program.replace("OpenCLIPTeacher", "CLIPTeacher").replace('"ViT-B-32", "openai"', repr(CLIP))
             program = program.replace('"flickr30k-features"', '"flickr30k-features-again"')
-        if "SemanticIndex" in program:
+        if "SemanticIndex" in program:  # the command lines have made an index of that name
+            program = program.replace('"my-index"', '"my-own-index"')
             session["model"] = SentenceTransformer("kdmcse-bert-kept", device="cpu")
         exec(compile(program, "README.md", "exec"), session)
