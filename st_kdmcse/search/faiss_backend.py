@@ -55,8 +55,9 @@ class FaissBackend:
     An index is trained and tuned again whenever it is filled again, and when rows are added to one that has none: lists
     and codes that were learned from other rows find too little.
 
-    On a GPU, with FAISS's wheel for it, searches without a filter compare with all vectors, if the index keeps them
-    whole and they fit into the GPU's memory. Other searches, and those after a removal, run on the CPU.
+    On a GPU, with FAISS's wheel for it, searches without a filter run there, see
+    :class:`~st_kdmcse.search.gpu.GpuSearch`. Other searches, those after a removal, and index types that FAISS has for
+    CPUs alone run on the CPU.
 
     Scores of an index that compresses (SQ, PQ) are those of the compressed vectors, and approximate.
 
@@ -370,16 +371,17 @@ class FaissBackend:
         if not k or not len(queries):
             return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
         selector = None
-        if count == len(allowed) and k <= MOST_RESULTS and (gpu := self._gpu()):
-            return gpu.search(queries, k)
         if count < len(allowed):
             selector = load_faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        # Of the rows that the search comes by only this share counts; it was tuned for the ten nearest.
-        effort = get_effort(self.index) * len(allowed) / count
-        if effort_name(self.index) == "efSearch":
-            effort *= max(1, k / RECALL_AT)
-        effort = math.ceil(effort)
-        scores, found = search_index(self.index, queries, k, selector, effort if effort <= _MOST_EFFORT else None)
+        if selector is None and k <= MOST_RESULTS and (gpu := self._gpu()):
+            scores, found = gpu.search(queries, k)
+        else:
+            # Of the rows that the search comes by only this share counts; it was tuned for the ten nearest.
+            effort = get_effort(self.index) * len(allowed) / count
+            if effort_name(self.index) == "efSearch":
+                effort *= max(1, k / RECALL_AT)
+            effort = math.ceil(effort)
+            scores, found = search_index(self.index, queries, k, selector, effort if effort <= _MOST_EFFORT else None)
         short = np.flatnonzero((found < 0).any(axis=1))
         if short.size:
             scores[short], found[short] = search_index(self.index, queries[short], k, selector, None)
