@@ -408,7 +408,7 @@ def test_milvus(tmp_path, articles, model, monkeypatch):
     assert "there are other texts in that collection" in fails(
         "index", "build", tmp_path / "new.txt", "--model", model, "--out", address
     )
-    assert "not in Milvus" in fails(*build, "--factory", "Flat")
+    assert "not for Milvus" in fails(*build, "--factory", "Flat")
     assert f"added 1 texts: 4 are in {address}" in run("index", "add", address, tmp_path / "new.txt").stdout
     assert "removed 1 of 4 texts" in run("index", "remove", address, "a1").stdout
 
