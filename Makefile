@@ -2,8 +2,8 @@
 # make wheel: build the wheel, and use it in an environment of its own, away from this folder.
 # make test-lowest: what needs the libraries' own interfaces, with the lowest versions that pyproject.toml allows.
 # make milvus: the tests that need a Milvus server; it is installed in an environment of its own (Linux, x86-64).
-# make gpu: what only a GPU shows, tests and training benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
-# flickr8k_features and senteval.
+# make gpu: what only a GPU shows, tests and benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
+# flickr8k_features, flickr30k and senteval. For search, install FAISS's wheel for GPUs in the place of the other.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -49,6 +49,9 @@ gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/training_run.py $(REAL_DATA) --output benchmarks/results/training_run_gpu.json
 	$(BIN)/python benchmarks/training_curves.py $(REAL_DATA) --output benchmarks/results/training_curves_gpu.json
+	$(BIN)/python benchmarks/search.py --captions $(DATA)/flickr30k/results_20130124.token \
+		--sentences $(DATA)/wiki/wiki_sentences.txt --rows 1000000 --seeds 2 \
+		--factories auto,Flat,IVF4096:Flat,IVF4096:SQ8,IVF4096:PQ48np --output benchmarks/results/search_gpu.json
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(MILVUS) kdmcse-demo

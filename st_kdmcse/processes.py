@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+_MEMORY = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 
 
@@ -53,3 +54,11 @@ def memory_mib(entry: str = "VmHWM") -> float:
 def peak_memory_mib() -> int | None:
     """Peak of the resident memory of this process in MiB; None on a system that does not tell (all but Linux)."""
     return round(memory_mib()) if _STATUS.is_file() else None
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that are free or can be freed, on this machine; None on a system that does not tell."""
+    if not _MEMORY.is_file():
+        return None
+    lines = _MEMORY.read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), None)

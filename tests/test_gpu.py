@@ -109,13 +109,13 @@ def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
     faiss = pytest.importorskip("faiss")
     if not hasattr(faiss, "StandardGpuResources"):
         pytest.skip("FAISS's wheel for CPUs")
-    from st_kdmcse.search.base import RowNumbers
+    from st_kdmcse.search.base import NewRows
     from st_kdmcse.search.faiss_backend import FaissBackend
 
     vectors = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)).numpy()
     names = [str(row) for row in range(len(vectors))]
-    rows = RowNumbers.checked(names, names, vectors)
-    backend = FaissBackend.build(RowNumbers.checked(names[:2500], names[:2500], vectors[:2500]), factory)
+    rows = NewRows.checked(names, names, vectors)
+    backend = FaissBackend.build(NewRows.checked(names[:2500], names[:2500], vectors[:2500]), factory)
 
     def check(count):
         found = backend.search(rows.embeddings[:50], 10)
@@ -124,7 +124,7 @@ def test_search_on_the_gpu_is_exact_and_follows_changes(factory):
 
     check(2500)
     assert backend.info()["device"] == "gpu"
-    backend.add(RowNumbers.checked(names[2500:], names[2500:], vectors[2500:]))
+    backend.add(NewRows.checked(names[2500:], names[2500:], vectors[2500:]))
     check(3000)
     backend.remove(["0"])
     assert "0" not in {hit.id for hit in backend.search(rows.embeddings[:1], 10)[0]}
@@ -171,3 +171,41 @@ def test_without_padding_the_losses_are_the_same(tiny_bert, sentences, store, tm
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16np", "IVF16_HNSW16,Flat"])
+def test_lists_are_searched_on_the_gpu_with_the_recall_of_the_cpu(factory, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("FAISS's wheel for CPUs")
+    from st_kdmcse.search.base import NewRows
+    from st_kdmcse.search.faiss_backend import FaissBackend
+
+    vectors = torch.randn(8000, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    names = [str(row) for row in range(len(vectors))]
+    queries = NewRows.checked(names[:500], names[:500], vectors[7500:]).embeddings
+    backend = FaissBackend.build(NewRows.checked(names[:7500], names[:7500], vectors[:7500]), factory, 0.9)
+
+    def found():
+        return [{hit.id for hit in hits} for hits in backend.search(queries, 10)]
+
+    on_gpu = found()
+    assert backend.info()["device"] == "gpu"
+    everything = backend.search(queries[:1], 2000)[0]
+    assert len({hit.id for hit in everything}) == 2000, "lists with too few rows are made up for on the CPU"
+    monkeypatch.setattr(backend, "_gpu", lambda: None)
+    same = sum(len(left & right) for left, right in zip(on_gpu, found(), strict=True)) / (10 * len(queries))
+    assert same >= 0.98
+
+
+def test_what_faiss_has_for_cpus_alone_stays_there_and_this_is_said(caplog):
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("FAISS's wheel for CPUs")
+    from st_kdmcse.search.factory import build_faiss
+    from st_kdmcse.search.gpu import GpuSearch
+
+    vectors = torch.nn.functional.normalize(torch.randn(3000, 32, generator=torch.Generator().manual_seed(0))).numpy()
+    with caplog.at_level("INFO", "st_kdmcse"):
+        assert GpuSearch.of(build_faiss(vectors, "IVF16,PQ16x4fs").index) is None
+    assert "searched on the CPU: FAISS has no IndexIVFPQFastScan for GPUs" in caplog.text

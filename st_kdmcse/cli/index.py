@@ -18,6 +18,7 @@ from st_kdmcse.cli.search_options import (
     Factory,
     File,
     MemoryLimit,
+    Mmap,
     Model,
     NamesType,
     RecallTarget,
@@ -36,7 +37,7 @@ from st_kdmcse.search.build import build_index
 from st_kdmcse.search.images import captions_by_image, index_images
 from st_kdmcse.search.records import RecordFile, TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex
-from st_kdmcse.search.storage import read_index
+from st_kdmcse.search.storage import compact_index, read_index, verified_in_full
 
 _ADDED_AT_A_TIME = 512
 _PAIRS_SHOWN = 20
@@ -60,6 +61,7 @@ def index() -> None:
 @RecallTarget
 @TuneQueries
 @MemoryLimit
+@Mmap
 @click.option(
     "--devices", type=NamesType(), metavar="A,B", help="Devices that share the encoding: cuda:0,cuda:1.  [all GPUs]"
 )
@@ -72,6 +74,7 @@ def build(
     recall_target: float,
     tune_queries: Path | None,
     memory_limit: int | None,
+    mmap: bool | None,
     devices: list[str] | None,
     precision: Precision,
     **columns: Any,
@@ -90,10 +93,10 @@ def build(
         queries = None if tune_queries is None else [record.text for record in RecordFile(tune_queries)]
         place = parse_address(out)
         if isinstance(place, MilvusAddress):
-            if factory or tune_queries or memory_limit or devices:
+            if factory or tune_queries or memory_limit or mmap or devices:
                 raise ValueError(
-                    "--factory, --tune-queries, --memory-limit and --devices are for an index in a folder, not for "
-                    "Milvus"
+                    "--factory, --tune-queries, --memory-limit, --mmap and --devices are for an index in a folder, not "
+                    "for Milvus"
                 )
             total = records.check()
             made = SemanticIndex.open(out, model, create=True, precision=precision)
@@ -111,6 +114,7 @@ def build(
                 devices=devices,
                 precision=precision,
                 tune_queries=queries,
+                mmap=mmap,
             )
         click.echo(f"{len(made):,} texts of {file} are in {out}")
         say_what_was_skipped(records)
@@ -189,7 +193,7 @@ def add(address: str, file: Path, model: str | None, precision: Precision, **col
     with friendly_errors("stopped; the index is as it was (one in Milvus has what was added so far)"):
         records = record_file(file, columns)
         total = records.check()
-        opened = SemanticIndex.open(address, model, precision=precision)
+        opened = SemanticIndex.open(address, model, precision=precision, mmap=False)
         made: list[str] = []
         for chunk in _chunks(records, total):
             ids = None if columns["id_column"] is None else [record.id for record in chunk]
@@ -217,7 +221,7 @@ def update(address: str, file: Path, model: str | None, precision: Precision, **
             raise ValueError("--id-column is missing: which texts of the index are to be replaced?")
         records = record_file(file, columns)
         total = records.check()
-        opened = SemanticIndex.open(address, model, precision=precision)
+        opened = SemanticIndex.open(address, model, precision=precision, mmap=False)
         for chunk in _chunks(records, total):
             ids = [record.id for record in chunk]
             opened.update(ids, _texts(chunk), _metadata(chunk), show_progress_bar=False)
@@ -234,7 +238,7 @@ def remove(address: str, ids: tuple[str, ...], model: str | None) -> None:
     """Remove texts from the index DIR by their ids: all or none."""
     quiet_libraries()
     with friendly_errors("stopped; the index is as it was"):
-        opened = SemanticIndex.open(address, model)
+        opened = SemanticIndex.open(address, model, mmap=False)
         before = len(opened)
         opened.remove(ids)
         opened.save()
@@ -243,9 +247,39 @@ def remove(address: str, ids: tuple[str, ...], model: str | None) -> None:
 
 @index.command()
 @Address
+def compact(address: str) -> None:
+    """Leave out of the index DIR, a folder, the vectors of texts that were removed or replaced.
+
+    The index is filled, trained and tuned again on the texts that it has. Updates do so by themselves where a
+    quarter of the vectors is of no text.
+    """
+    quiet_libraries()
+    with friendly_errors("stopped; the index is as it was"):
+        gone, done = compact_index(_folder(address, "Milvus compacts by itself"))
+        if done:
+            click.echo(f"left out {gone:,} vectors of texts that are gone")
+        else:
+            click.echo(f"{gone:,} vectors of texts that are gone stay: those of this index type cannot be read back")
+
+
+@index.command()
+@Address
+def verify(address: str) -> None:
+    """Compare every byte of the index DIR, a folder, with its checksums, however large it is."""
+    quiet_libraries()
+    with friendly_errors():
+        backend, _ = read_index(_folder(address, "Milvus has no checksums"), mmap=True, verify="full")
+        click.echo(f"every byte of {address} is as it was written: {len(backend):,} texts")
+
+
+@index.command()
+@Address
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def info(address: str, as_json: bool) -> None:
-    """Show what the index DIR is: engine, model, counts, size, and whether its files are intact."""
+    """Show what the index DIR is: engine, model, counts, size, recall, and whether its files are intact.
+
+    Above 1 GB it looks at sizes and a sample of the files; index verify reads all of them.
+    """
     quiet_libraries()
     with friendly_errors():
         found = _info(address)
@@ -298,12 +332,23 @@ def _info(address: str) -> dict[str, Any]:
         backend: Any = open_backend(address)
         header = backend.identity or {}
     else:
-        backend, header = read_index(place)
+        backend, header = read_index(place, mmap=True)
     details = {name: header[name] for name in ("precision", "tuning", "versions", "date") if name in header}
     if details.get("tuning"):
         details["tuning"] = {**details["tuning"], "met": backend.tuning.met, "summary": str(backend.tuning)}
-    intact = {} if isinstance(place, MilvusAddress) else {"checksums": "ok"}
+    intact = (
+        {}
+        if isinstance(place, MilvusAddress)
+        else {"checksums": "ok" if verified_in_full(header) else "sizes and a sample are ok"}
+    )
     return {**backend.info(), "model": header.get("model"), **details, **intact}
+
+
+def _folder(address: str, otherwise: str) -> Path:
+    place = parse_address(address)
+    if isinstance(place, MilvusAddress):
+        raise ValueError(f"{address} is not a folder: {otherwise}")
+    return place
 
 
 def _shown(value: Any) -> str:

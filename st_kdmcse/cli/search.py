@@ -21,6 +21,7 @@ from st_kdmcse.cli.index import _texts
 from st_kdmcse.cli.search_options import (
     Address,
     File,
+    Mmap,
     Model,
     file_options,
     record_file,
@@ -75,6 +76,7 @@ _TEXT_LINES = 4
 @click.option("--out", type=click.Path(path_type=Path), help="File for their results: .csv, .jsonl or .parquet.")
 @file_options("number of the line, or row", with_metadata=False)
 @Model
+@Mmap
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
@@ -92,6 +94,7 @@ def search(
     queries: Path | None,
     out: Path | None,
     model: str | None,
+    mmap: bool | None,
     precision: Precision,
     **columns: Any,
 ) -> None:
@@ -125,17 +128,17 @@ def search(
             out = output_file(out, queries)
             records = record_file(queries, columns)
             total = records.check()
-            opened = SemanticIndex.open(address, model, precision=precision)
+            opened = SemanticIndex.open(address, model, precision=precision, mmap=mmap)
             count = write_rows(out, RESULT_COLUMNS, _results(opened, records, total, k, where, out))
             click.echo(f"{count:,} results of {total:,} queries are in {out}")
             say_what_was_skipped(records)
         elif out is not None or any(columns.values()):
             raise ValueError("--out and the columns of a file go with --queries FILE")
         elif query:
-            (hits,) = search_typed(SemanticIndex.open(address, model, precision=precision), [text], k, where)
+            (hits,) = search_typed(SemanticIndex.open(address, model, precision=precision, mmap=mmap), [text], k, where)
             click.echo(document(text, k, where, hits) if as_json else table(hits))
         else:
-            _prompt(SemanticIndex.open(address, model, precision=precision), k, where, as_json)
+            _prompt(SemanticIndex.open(address, model, precision=precision, mmap=mmap), k, where, as_json)
 
 
 @command()

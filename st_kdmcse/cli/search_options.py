@@ -101,7 +101,14 @@ TuneQueries = click.option(
 
 
 MemoryLimit = click.option(
-    "--memory-limit", type=SizeType(), help="Memory for the vectors, such as 4GiB.  [that of the machine]"
+    "--memory-limit", type=SizeType(), help="Memory for the vectors, such as 4GiB.  [half of what is free]"
+)
+
+
+Mmap = click.option(
+    "--mmap/--no-mmap",
+    default=None,
+    help="Leave the vectors on disk, memory-mapped; such an index cannot be changed.  [where memory is short]",
 )
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from st_kdmcse.files import LOCK, atomic_file, locked, manifest_checksum, progre
 from st_kdmcse.precision import Precision
 from st_kdmcse.provenance import claim, parameters_checksum
 from st_kdmcse.search.base import Matrix, NewRows, unit_rows
-from st_kdmcse.search.factory import build_faiss
+from st_kdmcse.search.factory import build_faiss, stays_on_disk
 from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
 from st_kdmcse.search.model_check import model_header
+from st_kdmcse.search.on_disk import EXACT
 from st_kdmcse.search.records import TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex, check_tune_queries, encoded_queries
 from st_kdmcse.search.storage import check_free, is_index, write_index, writing
 from st_kdmcse.search.table import RowTable
-from st_kdmcse.search.tuning import check_recall_target
+from st_kdmcse.search.tuning import Vectors, check_recall_target
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def build_index(
     show_progress_bar: bool | None = None,
     precision: Precision = "auto",
     tune_queries: Sequence[str] | None = None,
+    mmap: bool | None = None,
 ) -> SemanticIndex:
     """Build and save an index in memory that a block of records and the index bound.
 
@@ -76,12 +78,14 @@ def build_index(
             :func:`~st_kdmcse.search.factory.choose_factory`, and logs it.
         recall_target: recall@10 that an approximate index is tuned to reach on new queries, with 99.5 % confidence; in
             (0, 1].
-        memory_limit: bytes for the vectors.
+        memory_limit: bytes for the vectors; None is half of the memory that is free.
         devices: that share the encoding, such as ["cuda:0", "cuda:1"]; None takes all GPUs where there are several.
         block_rows: records that are encoded, and saved, at a time.
         show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
         precision: that the texts are encoded in; "auto" is bfloat16 where that is faster.
         tune_queries: queries such as users ask, which an approximate index is tuned on; None takes some of the texts.
+        mmap: have the vectors stay on disk, memory-mapped, so that building and searching take little memory; such an
+            index cannot be changed. None does so where they do not fit into ``memory_limit``.
 
     Returns:
         The index, as loaded from ``path``.
@@ -104,7 +108,9 @@ def build_index(
         return SemanticIndex.load(path, model)
     check_free(path)
     total = _check(records(), show_progress_bar)
-    factory = chosen_factory(total, int(model.get_embedding_dimension() or 0), factory, memory_limit)
+    dim = int(model.get_embedding_dimension() or 0)
+    on_disk = stays_on_disk(total, dim, factory, memory_limit, mmap)
+    factory = chosen_factory(total, dim, factory, None if on_disk else memory_limit)
     computed = encoding_precision(model, precision, total)
     queries = encoded_queries(model, tune_queries)
     with _Parts.claimed(unfinished, model, source, block_rows, computed) as parts:
@@ -115,14 +121,55 @@ def build_index(
 
             _encode(records(), total, encode, parts, show_progress_bar)
         vectors = _PartVectors(parts, total)
-        built = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar, queries)
-        with parts.table.transaction():
-            parts.table.move(built.swaps)
-        backend = FaissBackend(built.index, parts.table, factory, built.tuning)
-        write_index(path, backend, model_header(model, model_name, computed))
-        del built, backend
+        header = model_header(model, model_name, computed)
+        fill_index(
+            path,
+            vectors,
+            parts.table,
+            header,
+            factory,
+            recall_target,
+            memory_limit,
+            show_progress_bar,
+            queries,
+            parts.path / EXACT if on_disk else None,
+        )
         parts.remove()
     return SemanticIndex.load(path, model)
+
+
+def fill_index(
+    path: Path,
+    vectors: Vectors,
+    table: RowTable,
+    header: Mapping[str, Any],
+    factory: str,
+    recall_target: float = 0.95,
+    memory_limit: int | None = None,
+    show_progress_bar: bool | None = None,
+    tune_queries: Matrix | None = None,
+    exact: Path | None = None,
+) -> None:
+    """Index vectors that are read as they are needed, and save the index.
+
+    Args:
+        path: folder for the index.
+        vectors: (n, dim) of length 1.
+        table: the n rows, in their order; changed.
+        header: of the model, see :func:`~st_kdmcse.search.model_check.model_header`.
+        factory: FAISS's name of the index type.
+        recall_target: recall@10 to reach.
+        memory_limit: bytes; a third of them is for the sample that an index on disk is trained on.
+        show_progress_bar: None shows one in a terminal, after two seconds.
+        tune_queries: (q, dim) of length 1; None takes rows.
+        exact: file for the whole vectors of an index that stays on disk; it becomes a part of the index.
+    """
+    sample = memory_limit // 3 if exact is not None and memory_limit is not None else memory_limit
+    with nullcontext() if exact is None else writing(exact, _FULL):
+        built = build_faiss(vectors, factory, recall_target, sample, show_progress_bar, tune_queries, exact)
+    with writing(path, _FULL), table.transaction():
+        table.move(built.swaps)
+    write_index(path, FaissBackend(built.index, table, factory, built.tuning, exact=exact), header)
 
 
 class _Parts:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from st_kdmcse.files import progress_bar
+from st_kdmcse.processes import free_memory
 from st_kdmcse.search.base import Matrix
 from st_kdmcse.search.faiss_library import faiss_reason, gpus, load_faiss
+from st_kdmcse.search.on_disk import can_stay_on_disk, coarse_factory, flat_file, mapped_rows, refined
 from st_kdmcse.search.tuning import (
     Tuning,
     Vectors,
@@ -73,6 +76,48 @@ def choose_factory(rows: int, dim: int, memory_limit: int | None = None) -> Choi
             "embeddings (truncate_dim)"
         )
     return fitting[0]
+
+
+def stays_on_disk(rows: int, dim: int, factory: str | None, memory_limit: int | None, mmap: bool | None) -> bool:
+    """Whether an index is to be built so that its vectors stay on disk.
+
+    Args:
+        rows: how many.
+        dim: width of the vectors.
+        factory: the user's index type.
+        memory_limit: bytes that building and searching may take; None is half of the memory that is free.
+        mmap: what the user asks for; None asks for it where the vectors do not fit into memory.
+
+    Raises:
+        ValueError: if it is asked for with a type of index that cannot.
+    """
+    if factory is not None:
+        if mmap and not can_stay_on_disk(factory):
+            raise ValueError(
+                f"an index of type {factory} cannot be built on disk: with `mmap` take IVF...,PQ...x4fs,RFlat, or "
+                "leave the choice to this package"
+            )
+        return bool(mmap)
+    whole = choose_factory(rows, dim)
+    if mmap is False or not can_stay_on_disk(whole.factory):
+        return False
+    free = free_memory()
+    limit = memory_limit if memory_limit is not None else None if free is None else free // 2
+    if limit is None or (mmap is None and (whole.memory or 0) <= limit):
+        return bool(mmap)
+    needed = (whole.memory or 0) - 4 * dim * rows
+    if needed > limit // 2:
+        if mmap:
+            raise ValueError(
+                f"{rows:,} rows of dim {dim} need {size_text(2 * needed)} to be built even if their vectors stay on "
+                f"disk, more than {size_text(limit)}: raise `memory_limit`"
+            )
+        return False
+    logger.info(
+        "the vectors take %s, and stay on disk, memory-mapped: memory holds %s of codes while the index is built",
+        *(size_text(4 * dim * rows), size_text(needed)),
+    )
+    return True
 
 
 def new_index(dim: int, factory: str) -> Any:
@@ -157,6 +202,7 @@ def build_faiss(
     memory_limit: int | None = None,
     show_progress_bar: bool | None = None,
     tune_queries: Matrix | None = None,
+    exact: Path | None = None,
 ) -> Built:
     """Train, fill and tune an index.
 
@@ -169,13 +215,15 @@ def build_faiss(
         memory_limit: bytes for the sample that the index is trained on.
         show_progress_bar: None shows one in a terminal, after two seconds.
         tune_queries: (q, dim) of length 1; None takes rows.
+        exact: new file that the whole vectors go to and are read from, of an index that is to stay on disk; see
+            :mod:`~st_kdmcse.search.on_disk`.
 
     Raises:
         ValueError: if there are too few rows to train such an index.
     """
     check_recall_target(recall_target)
     rows, dim = vectors.shape
-    index = new_index(dim, factory)
+    index = new_index(dim, factory if exact is None else coarse_factory(factory))
     known = None
     if rows and not is_exact(factory):
         known = (
@@ -184,19 +232,31 @@ def build_faiss(
             else queries_given(vectors, tune_queries, show_progress_bar)
         )
     ordered = Reordered(vectors, () if known is None else known.absent)
+    whole: Vectors = ordered
     held_out = 0 if known is None else len(known.absent)
     if rows:
         train(index, ordered, factory, memory_limit)
+    if exact is not None:
+        with _progress(rows, "Writing vectors", show_progress_bar) as progress, flat_file(exact, rows, dim) as file:
+            for block in row_blocks(0, rows):
+                file.write(as_float(ordered[block]).tobytes())
+                progress.update(block.stop - block.start)
+        whole = mapped_rows(exact, rows, dim)
     measured = None
     with _progress(rows, "Filling the index", show_progress_bar) as progress:
         for block in row_blocks(0, rows - held_out):
             index.add(as_float(ordered[block]))
             progress.update(block.stop - block.start)
         if known is not None:
-            measured = tune(index, ordered, known, recall_target)
+            searched = index if exact is None else refined(index, exact)
+            measured = tune(searched, whole, known, recall_target)
         for block in row_blocks(rows - held_out, rows):
             index.add(as_float(ordered[block]))
             progress.update(block.stop - block.start)
+    if exact is not None:
+        candidates = searched.k_factor if known is not None else None
+        index = refined(index, exact)
+        index.k_factor = candidates or index.k_factor
     return Built(index, measured, ordered.order, ordered.swaps)
 
 

@@ -7,8 +7,10 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 Selection = npt.NDArray[np.bool_]
 
 _REMEMBERED_FILTERS = 16
-_COMPACT_ABOVE = 1000
+_COMPACT_ABOVE, _COMPACT_SHARE = 1000, 0.25
 _MOST_EFFORT = 4096
 _QUERIES_AT_A_TIME = 1024
 _TRIED_ROWS, _TRIED_LISTS = 300, 16
@@ -47,14 +49,15 @@ class FaissBackend:
 
     Whatever the index type, a search returns as many rows as there are, up to k: where the approximate search finds
     fewer (with a filter that lets few rows through, or a large k), it compares with all rows instead. A row that is
-    removed or replaced leaves its vector behind, which no search returns; when these are more than the others the
-    index is filled again without them. Calls from several threads take turns.
+    removed or replaced leaves its vector behind, which no search returns; when these are more than a quarter
+    the index is filled again without them, as :meth:`compact` does. Calls from several threads take turns.
 
     An index is trained and tuned again whenever it is filled again, and when rows are added to one that has none: lists
     and codes that were learned from other rows find too little.
 
-    On a GPU, with FAISS's wheel for it, searches without a filter compare with all vectors, if the index keeps them
-    whole and they fit into the GPU's memory. Other searches, and those after a removal, run on the CPU.
+    On a GPU, with FAISS's wheel for it, searches without a filter run there, see
+    :class:`~st_kdmcse.search.gpu.GpuSearch`. Other searches, those after a removal, and index types that FAISS has for
+    CPUs alone run on the CPU.
 
     Scores of an index that compresses (SQ, PQ) are those of the compressed vectors, and approximate.
 
@@ -63,17 +66,30 @@ class FaissBackend:
         table: ids, texts and metadata.
         factory: FAISS's name of the index type.
         tuning: what was measured, if anything.
+        mapped: whether the vectors are those of a file, and cannot be changed.
+        exact: file of the whole vectors of an index that was built to stay on disk, and is to be saved.
 
     Raises:
         ImportError: without FAISS; names the extra.
         ValueError: if the two do not fit together.
     """
 
-    def __init__(self, index: Any, table: RowTable, factory: str, tuning: Tuning | None = None) -> None:
+    def __init__(
+        self,
+        index: Any,
+        table: RowTable,
+        factory: str,
+        tuning: Tuning | None = None,
+        *,
+        mapped: bool = False,
+        exact: Path | None = None,
+    ) -> None:
         self.index = index
         self.table = table
         self.factory = factory
         self.tuning = tuning
+        self.mapped = mapped
+        self.exact = exact
         self._lock = threading.RLock()
         self._filters: dict[str, Selection] = {}
         self._on_gpu: tuple[int, GpuSearch | None] = (-1, None)
@@ -133,7 +149,7 @@ class FaissBackend:
         Raises:
             ValueError: if an id is there already, the width does not fit, or they are too few to train the index.
         """
-        with self._lock:
+        with self._changing():
             self._append(rows, replaced=False)
 
     def replace(self, rows: NewRows) -> None:
@@ -143,7 +159,7 @@ class FaissBackend:
             KeyError: if an id is not there; nothing is changed.
             ValueError: if the width does not fit.
         """
-        with self._lock:
+        with self._changing():
             old = self.table.positions(rows.ids)
             self._append(rows, replaced=True)
             self._bury(old)
@@ -154,7 +170,7 @@ class FaissBackend:
         Raises:
             KeyError: if an id is not there; nothing is changed.
         """
-        with self._lock:
+        with self._changing():
             old = self.table.positions(ids)
             with self.table.transaction():
                 self.table.delete(ids)
@@ -210,7 +226,7 @@ class FaissBackend:
         Returns:
             Whether it could be done: vectors of some compressed types cannot be read back, and stay.
         """
-        with self._lock:
+        with self._changing():
             live = np.flatnonzero(self._live)
             if len(live) == self.index.ntotal:
                 return True
@@ -245,11 +261,23 @@ class FaissBackend:
             "dim": self.dim,
             "removed": int(self.index.ntotal) - len(self),
             "bytes": index_bytes(self.index),
+            "vectors": "on disk, memory-mapped" if self.mapped else "in memory",
             "scores": "exact" if exact_scores(self.factory) else "approximate: the vectors are compressed",
             "recall": None if self.tuning is None else self.tuning.recall,
             "threads": int(load_faiss().omp_get_max_threads()),
             "device": "gpu" if self._on_gpu[1] else "cpu",  # of the last search
         }
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock, of an index that can be changed."""
+        if self.mapped:
+            raise ValueError(
+                "the index is memory-mapped, and cannot be changed: load it with `mmap=False` where there is memory "
+                "for it, or build it again"
+            )
+        with self._lock:
+            yield
 
     def _append(self, rows: NewRows, replaced: bool) -> None:
         if rows.embeddings.shape[1] != self.dim:
@@ -322,7 +350,7 @@ class FaissBackend:
         self._live[positions] = False
         self._filters.clear()
         gone = int(self.index.ntotal) - len(self)
-        if gone > max(len(self), _COMPACT_ABOVE):
+        if gone > max(_COMPACT_SHARE * self.index.ntotal, _COMPACT_ABOVE):
             self.compact()
 
     def _allowed(self, where: Filter | None) -> Selection:
@@ -343,16 +371,17 @@ class FaissBackend:
         if not k or not len(queries):
             return np.zeros((len(queries), 0), dtype=np.float32), np.zeros((len(queries), 0), dtype=np.int64)
         selector = None
-        if count == len(allowed) and k <= MOST_RESULTS and (gpu := self._gpu()):
-            return gpu.search(queries, k)
         if count < len(allowed):
             selector = load_faiss().IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        # Of the rows that the search comes by only this share counts; it was tuned for the ten nearest.
-        effort = get_effort(self.index) * len(allowed) / count
-        if effort_name(self.index) == "efSearch":
-            effort *= max(1, k / RECALL_AT)
-        effort = math.ceil(effort)
-        scores, found = search_index(self.index, queries, k, selector, effort if effort <= _MOST_EFFORT else None)
+        if selector is None and k <= MOST_RESULTS and (gpu := self._gpu()):
+            scores, found = gpu.search(queries, k)
+        else:
+            # Of the rows that the search comes by only this share counts; it was tuned for the ten nearest.
+            effort = get_effort(self.index) * len(allowed) / count
+            if effort_name(self.index) == "efSearch":
+                effort *= max(1, k / RECALL_AT)
+            effort = math.ceil(effort)
+            scores, found = search_index(self.index, queries, k, selector, effort if effort <= _MOST_EFFORT else None)
         short = np.flatnonzero((found < 0).any(axis=1))
         if short.size:
             scores[short], found[short] = search_index(self.index, queries[short], k, selector, None)

@@ -22,7 +22,7 @@ from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend, unit_rows
 from st_kdmcse.search.faiss_backend import FaissBackend, try_factory
 from st_kdmcse.search.model_check import check_model, load_expected, load_named, model_header, same_model
-from st_kdmcse.search.storage import check_free, is_index, read_index, read_manifest, write_index
+from st_kdmcse.search.storage import Verify, check_free, is_index, read_index, read_manifest, write_index
 from st_kdmcse.search.tuning import check_recall_target
 from st_kdmcse.teachers.base import TeacherImage
 from st_kdmcse.teachers.sentence_transformer import encode_images
@@ -101,6 +101,7 @@ class SemanticIndex:
         self._path: Path | None = None
         self._saved: str | None = None
         self._found_model = False
+        self._mmap: bool | None = None
         if model.get_embedding_dimension() != backend.dim:
             raise ValueError(
                 f"the model's embeddings are of width {model.get_embedding_dimension()}, those of the index "
@@ -208,20 +209,32 @@ class SemanticIndex:
         return cls._from_rows(model, name, rows, factory, recall_target, memory_limit, show_progress_bar)
 
     @classmethod
-    def load(cls, path: str | Path, model: SentenceTransformer | str | None = None) -> SemanticIndex:
+    def load(
+        cls,
+        path: str | Path,
+        model: SentenceTransformer | str | None = None,
+        mmap: bool | None = None,
+        verify: Verify | None = None,
+    ) -> SemanticIndex:
         """Open a saved index.
 
         Args:
             path: its folder.
             model: the model that made it, or its hub name or folder; None loads the one that the manifest names.
+            mmap: leave the vectors on disk, and read what a search needs; the index cannot be changed then. None does
+                so where they take more than half of the memory that is free, and says so.
+            verify: "full" compares every byte with its checksum, "size" the sizes and a sample of each file; None is
+                "full" up to 1 GB.
 
         Raises:
             FileNotFoundError: if there is no index, a file of it is missing, or the model is.
             ValueError: if a file is truncated or altered (names it), or the model is another (says which is expected).
         """
         path = Path(path)
-        backend, manifest = read_index(path)
-        return cls._known(backend, manifest, model, str(path), path)
+        backend, manifest = read_index(path, mmap=mmap, verify=verify)
+        index = cls._known(backend, manifest, model, str(path), path)
+        index._mmap = mmap
+        return index
 
     @classmethod
     def open(
@@ -230,6 +243,7 @@ class SemanticIndex:
         model: SentenceTransformer | str | None = None,
         create: bool = False,
         precision: Precision = "auto",
+        mmap: bool | None = None,
     ) -> SemanticIndex:
         """Open an index wherever it is.
 
@@ -239,6 +253,7 @@ class SemanticIndex:
             model: as in :meth:`load`; needed where the index is made.
             create: make an empty index if there is none yet.
             precision: that texts and queries are encoded in, see the attribute.
+            mmap: as in :meth:`load`, for a folder.
 
         Raises:
             FileNotFoundError: if there is no index and ``create`` is False.
@@ -246,12 +261,14 @@ class SemanticIndex:
             ImportError: without the library of the engine; names the extra.
             OSError: if a server cannot be reached.
         """
-        index = cls._opened(address, model, create)
+        index = cls._opened(address, model, create, mmap)
         index.precision = precision
         return index
 
     @classmethod
-    def _opened(cls, address: str | Path, model: SentenceTransformer | str | None, create: bool) -> SemanticIndex:
+    def _opened(
+        cls, address: str | Path, model: SentenceTransformer | str | None, create: bool, mmap: bool | None
+    ) -> SemanticIndex:
         place = parse_address(address)
         if isinstance(place, MilvusAddress):
             return cls._open_milvus(str(address), model, create)
@@ -261,7 +278,7 @@ class SemanticIndex:
             index = cls.build(model, [])
             index.save(place)
             return index
-        return cls.load(place, model)
+        return cls.load(place, model, mmap)
 
     @overload
     def search(self, queries: str, k: int = 10, where: Filter | None = None) -> list[Hit]: ...  # type: ignore[overload-overlap]
@@ -419,6 +436,10 @@ class SemanticIndex:
         if target is None:
             raise ValueError("the index was never saved: give the folder to save it to")
         same = self._path is not None and target.resolve() == self._path.resolve()
+        if self.backend.mapped:
+            if same:
+                return target
+            raise ValueError(f"the index is memory-mapped, and not written to {target}: copy its folder {self._path}")
         self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
         self._path = target
         return target
@@ -434,7 +455,7 @@ class SemanticIndex:
         """
         if self._path is None or read_manifest(self._path)["checksum"] == self._saved:
             return self
-        backend, manifest = read_index(self._path)
+        backend, manifest = read_index(self._path, mmap=self._mmap)
         if not same_model(manifest, self._header):
             if not self._found_model:
                 raise ValueError(f"the index {self._path} was made again, with another model: load it with that")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 import reprlib
 import shutil
@@ -12,20 +14,25 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from st_kdmcse import files
 from st_kdmcse.files import LOCK, byte_progress, locked, manifest_checksum, sha256_file, sync_path, write_json
+from st_kdmcse.processes import free_memory
 from st_kdmcse.provenance import versions
+from st_kdmcse.search.factory import size_text
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.faiss_library import faiss_reason, load_faiss
+from st_kdmcse.search.on_disk import VECTORS, read_on_disk, write_on_disk
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import Tuning
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "st_kdmcse.semantic_index"
 VERSION = 1
 MANIFEST = "manifest.json"
-VECTORS, TABLE = "vectors.faiss", "rows.sqlite"
+TABLE = "rows.sqlite"
 
 _FOLDER = "data-"
 _DATA = re.compile(rf"{_FOLDER}[0-9a-f]+")
@@ -35,6 +42,12 @@ _UNFINISHED = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]+\.tmp")
 _REMEDY = "build the index again, or restore a copy"
 
 _FILE = {"bytes": int, "sha256": str}
+_HEADER = ("model", "probe", "precision", "images")
+_FULL_UP_TO = 10**9
+_PIECES, _PIECE_BYTES = 64, 1 << 16
+_SHARE_OF_MEMORY = 0.5
+
+Verify = Literal["size", "full"]
 _SHAPE: dict[str, Any] = {
     "model": {"name": str | None, "parameters_sha256": str, "dimension": int},
     "probe": {"text": str, "embedding": [float]},
@@ -65,6 +78,7 @@ _OPTIONAL: dict[str, Any] = {
         **_NOTED_LATER,
     },
     "images": {"folder": str | None},
+    "on_disk": {"k_factor": int | float},
 }
 
 
@@ -137,8 +151,13 @@ def write_index(
         try:
             with writing(folder, "free space there, and save again"):
                 folder.mkdir()
-                faiss = load_faiss()
-                faiss.write_index(backend.index, str(folder / VECTORS))
+                names = [VECTORS, TABLE]
+                if backend.exact is not None:
+                    on_disk = {"k_factor": float(backend.index.k_factor)}
+                    names += write_on_disk(backend.index, backend.exact, folder)[1:]
+                else:
+                    on_disk = None
+                    load_faiss().write_index(backend.index, str(folder / VECTORS))
                 backend.table.write(folder / TABLE)
                 manifest = {
                     "format": FORMAT,
@@ -147,18 +166,16 @@ def write_index(
                     "dim": backend.dim,
                     "rows": len(backend),
                     "vectors": int(backend.index.ntotal),
+                    "on_disk": on_disk,
                     "factory": backend.factory,
                     "tuning": None if backend.tuning is None else asdict(backend.tuning),
                     "folder": folder.name,
-                    "files": {
-                        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-                        for name in (VECTORS, TABLE)
-                    },
+                    "files": {name: _noted(folder / name) for name in names},
                     "versions": versions(),
                     "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 }
                 manifest["checksum"] = manifest_checksum(manifest)
-                for name in (VECTORS, TABLE):
+                for name in names:
                     sync_path(folder / name)
                 sync_path(folder)
                 write_json(path / MANIFEST, manifest)
@@ -200,31 +217,77 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_index(path: Path, show_progress_bar: bool | None = None) -> tuple[FaissBackend, dict[str, Any]]:
-    """Read a saved index; every byte of it is compared with the checksums of the manifest first.
+def read_index(
+    path: Path,
+    show_progress_bar: bool | None = None,
+    mmap: bool | None = None,
+    verify: Verify | None = None,
+) -> tuple[FaissBackend, dict[str, Any]]:
+    """Read a saved index, after its files are compared with the manifest.
 
     Args:
         path: the folder of the index.
         show_progress_bar: None shows one in a terminal, after two seconds.
+        mmap: leave vectors on disk, and read what a search needs; the index cannot be changed then. None does so where
+            they take more than half of the memory that is free, and says so.
+        verify: "full" compares every byte with its checksum, "size" the sizes and a sample of each file; None is "full"
+            up to 1 GB.
 
     Returns:
         Rows and vectors, and the manifest, with what :func:`write_index` was given as ``header``.
 
     Raises:
         FileNotFoundError: if there is no index, or a file of it is missing.
-        ValueError: if a file is truncated or altered; names it.
+        ValueError: if a file is truncated or altered; names it. Also if ``mmap`` is False and the index was built to
+            stay on disk.
     """
+    if verify not in (None, "size", "full"):
+        raise ValueError(f'`verify` is {verify!r}, expected "size" or "full"')
     while True:
         manifest = read_manifest(path)
         try:
-            return _read(path, manifest, show_progress_bar), manifest
+            return _read(path, manifest, show_progress_bar, mmap, verify), manifest
         except Exception:
             if is_index(path) and read_manifest(path)["checksum"] == manifest["checksum"]:
                 raise  # else another process has saved it, and removed the old files at whatever moment of the reading
 
 
-def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | None) -> FaissBackend:
+def verified_in_full(manifest: Mapping[str, Any], verify: Verify | None = None) -> bool:
+    """Whether :func:`read_index` compares every byte."""
+    return verify == "full" or (verify is None and _bytes(manifest) <= _FULL_UP_TO)
+
+
+def compact_index(path: Path) -> tuple[int, bool]:
+    """Fill a saved index again without the vectors of rows that are gone; its model is not needed.
+
+    Returns:
+        How many vectors were of no row, and whether they could be left out.
+
+    Raises:
+        FileNotFoundError: if there is no index.
+        ValueError: if a file is damaged, or the index stays on disk.
+    """
+    backend, manifest = read_index(path, mmap=False)
+    gone = int(backend.index.ntotal) - len(backend)
+    if not gone:
+        return 0, True
+    done = backend.compact()
+    if done:
+        header = {name: manifest[name] for name in _HEADER if name in manifest}
+        write_index(path, backend, header, manifest["checksum"])
+    return gone, done
+
+
+def _read(
+    path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | None, mmap: bool | None, verify: Verify | None
+) -> FaissBackend:
     folder = path / manifest["folder"]
+    on_disk = manifest.get("on_disk")
+    if on_disk and mmap is False:
+        raise ValueError(
+            f"the index {path} was built to stay on disk: it cannot be read into memory, or changed; build it again, "
+            "without `mmap`"
+        )
     expected = {folder / name: known for name, known in manifest["files"].items()}
     for file, known in expected.items():
         if not file.is_file():
@@ -234,25 +297,57 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
                 f"{file} has {file.stat().st_size:,} bytes, not {known['bytes']:,}, so it is truncated or altered: "
                 f"{_REMEDY}"
             )
-    total = sum(known["bytes"] for known in expected.values())
-    with byte_progress(total, f"Checking {path.name}", show_progress_bar) as progress:
+    full = verified_in_full(manifest, verify)
+    if full:
+        with byte_progress(_bytes(manifest), f"Checking {path.name}", show_progress_bar) as progress:
+            for file, known in expected.items():
+                if sha256_file(file, progress.update) != known["sha256"]:
+                    raise ValueError(f"{file} was altered or is damaged: {_REMEDY}")
+    else:
         for file, known in expected.items():
-            if sha256_file(file, progress.update) != known["sha256"]:
+            if known.get("sample", wanted := _sample(file)) != wanted:
                 raise ValueError(f"{file} was altered or is damaged: {_REMEDY}")
-    index = _read_vectors(folder / VECTORS)
-    table = RowTable.open(folder / TABLE)
+    size, free = manifest["files"][VECTORS]["bytes"], free_memory()
+    if mmap is None and not on_disk and free is not None and size > _SHARE_OF_MEMORY * free:
+        logger.warning(
+            f"the vectors of {path} take {size_text(size)}, and {size_text(free)} of memory are free: they stay on "
+            "disk, memory-mapped, and the index cannot be changed (`mmap=False` reads them)"
+        )
+        mmap = True
+    try:
+        if on_disk:
+            index = read_on_disk(folder, on_disk["k_factor"])
+        else:
+            faiss = load_faiss()
+            flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY if mmap else 0
+            index = faiss.read_index(str(folder / VECTORS), flags)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"FAISS cannot read {folder / VECTORS} ({faiss_reason(error)}): {_REMEDY}") from error
+    table = RowTable.open(folder / TABLE, None if full else manifest["rows"])
     if (index.d, index.ntotal, len(table)) != (manifest["dim"], manifest["vectors"], manifest["rows"]):
         raise ValueError(f"the files of {folder} do not belong together: {_REMEDY}")
     tuning = manifest.get("tuning")
     measured = None if tuning is None else Tuning(**{name: tuning.get(name) for name in _OPTIONAL["tuning"]})
-    return FaissBackend(index, table, manifest["factory"], measured)
+    return FaissBackend(index, table, manifest["factory"], measured, mapped=bool(mmap or on_disk))
 
 
-def _read_vectors(file: Path) -> Any:
-    try:
-        return load_faiss().read_index(str(file))
-    except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"FAISS cannot read {file} ({faiss_reason(error)}): {_REMEDY}") from error
+def _noted(file: Path) -> dict[str, Any]:
+    """What the manifest keeps of a file."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file), "sample": _sample(file)}
+
+
+def _sample(file: Path) -> str:
+    """SHA-256 of pieces of a file, evenly spread, the first and the last among them."""
+    digest, size = hashlib.sha256(), file.stat().st_size
+    with file.open("rb") as opened:
+        for number in range(_PIECES):
+            opened.seek(max(0, size - _PIECE_BYTES) * number // (_PIECES - 1))
+            digest.update(opened.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def _bytes(manifest: Mapping[str, Any]) -> int:
+    return sum(known["bytes"] for known in manifest["files"].values())
 
 
 def _misfit(content: Any, shape: Any, name: str) -> str | None:

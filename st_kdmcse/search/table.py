@@ -32,15 +32,19 @@ class RowTable:
     Args:
         database: an open database.
         read_only: whether the first change needs a copy.
+        rows: how many there are, if that is known; counting reads the whole file.
     """
 
-    def __init__(self, database: sqlite3.Connection, read_only: bool = False) -> None:
+    def __init__(self, database: sqlite3.Connection, read_only: bool = False, rows: int | None = None) -> None:
         self._database = database
         self._read_only = read_only
         self._lock = threading.RLock()
         if not read_only:
             database.execute(_SCHEMA)
-        self._count = int(database.execute('SELECT COUNT(*) FROM "rows"').fetchone()[0])
+        last = int(database.execute('SELECT COALESCE(MAX(position), -1) FROM "rows"').fetchone()[0])
+        if rows is None or last < rows - 1:
+            rows = int(database.execute('SELECT COUNT(*) FROM "rows"').fetchone()[0])
+        self._count = rows
 
     @classmethod
     def temporary(cls) -> RowTable:
@@ -54,14 +58,18 @@ class RowTable:
         return cls(_connect(path.resolve().as_uri()))
 
     @classmethod
-    def open(cls, path: Path) -> RowTable:
+    def open(cls, path: Path, rows: int | None = None) -> RowTable:
         """The table of a saved index.
+
+        Args:
+            path: its file.
+            rows: how many there are, if that is known.
 
         Raises:
             ValueError: if the file is not such a table.
         """
         try:
-            return cls(_connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1"), read_only=True)
+            return cls(_connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1"), read_only=True, rows=rows)
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} is not the table of an index: {error}") from error
 

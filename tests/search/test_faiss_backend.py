@@ -99,7 +99,7 @@ def test_compaction_keeps_what_is_there(factory):
     backend = FaissBackend.build(ROWS, factory, recall_target=0.999)
     backend.remove(ROWS.ids[:700])
     assert backend.info()["removed"] == 700
-    backend.remove(ROWS.ids[700:1300])  # more gone than there
+    backend.remove(ROWS.ids[700:1300])  # more than a quarter, and more than 1,000
     assert backend.info()["removed"] == 0
     assert backend.index.ntotal == len(backend) == 200
     mask = np.arange(len(ROWS)) >= 1300
@@ -236,14 +236,15 @@ def test_which_types_keep_the_vectors():
 def test_an_index_whose_rows_are_replaced_by_others_is_trained_and_tuned_on_those(factory, caplog):
     others, wanted = make_rows(3000, 3000, seed=7, centres=98), make_rows(40, seed=8, centres=98).embeddings
     expected = nearest(others, wanted, 10)
-    emptied, gradual, never_filled = (FaissBackend.build(make_rows(3000), factory) for _ in range(3))
+    emptied, gradual, grown = (FaissBackend.build(make_rows(3000), factory) for _ in range(3))
     emptied.remove(make_rows(3000).ids)
     emptied.add(others)
     for start in range(0, 3000, 500):
         gradual.add(others[start : start + 500])
         gradual.remove(make_rows(3000).ids[start : start + 500])
+    assert gradual.compact()
+    grown.add(others)
     assert "trained on 3,000 rows, and 3,000 were added since" in caplog.text
-    gradual.replace(others[:1])  # one more that is gone, and they are the larger half
     never_filled = FaissBackend.empty(DIM, factory)
     never_filled.add(others)
     built = recall(ids(FaissBackend.build(others, factory).search(wanted, 10)), expected)
@@ -255,6 +256,29 @@ def test_an_index_whose_rows_are_replaced_by_others_is_trained_and_tuned_on_thos
         assert [hit.text for hit in backend.get(others.ids)] == list(others.texts)
         itself = backend.search(others.embeddings, 1)
         assert recall(ids(itself), [[each] for each in others.ids]) > 0.95, "vectors and rows belong together"
+
+
+@pytest.mark.parametrize("factory", ["IVF64,PQ8x4fs,RFlat", "HNSW16"])
+def test_the_recall_that_was_promised_holds_after_a_tenth_of_updates_and_after_compaction(factory):
+    rows, others, wanted = make_rows(8000), make_rows(1000, 8000, seed=7), make_rows(500, seed=8).embeddings
+    backend = FaissBackend.build(rows, factory, recall_target=0.9)
+    assert backend.tuning.met
+    backend.replace(replace(others[:400], ids=rows.ids[:400]))
+    backend.remove(rows.ids[400:800])
+    backend.add(others[400:800])
+    assert backend.info()["removed"] == 800
+    kept = NewRows(
+        [*rows.ids[800:], *rows.ids[:400], *others.ids[400:800]],
+        [],
+        np.concatenate([rows.embeddings[800:], others.embeddings[:800]]),
+        [],
+    )
+    expected = nearest(kept, wanted, 10)
+    assert recall(ids(backend.search(wanted, 10)), expected) >= 0.9
+    assert backend.compact()
+    assert backend.index.ntotal == len(backend) == 8000
+    assert recall(ids(backend.search(wanted, 10)), expected) >= 0.9
+    assert backend.get(["id3"])[0].text == "text 8003"
 
 
 def test_too_few_rows_to_train_an_emptied_index_are_told(caplog):
