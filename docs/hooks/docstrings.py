@@ -13,7 +13,7 @@ _DISPLAY = re.compile(r"^( *)\.\. math:: (.+)$", re.MULTILINE)
 _CODE = re.compile(r"^( *)(?:\.\. code-block:: python|::)\n\n((?:\1 {4}.*\n?|\n)+)", re.MULTILINE)
 _GRID_LINE = re.compile(r"^ *\+-+[-+]*\+\n", re.MULTILINE)
 _GRID_HEADER = re.compile(r"^( *)\+(=+)(.*)\+$", re.MULTILINE)
-_LITERAL = re.compile(r"``([^`]+)``")
+_LITERAL = re.compile(r"(?<!`)``([^`]+)``(?!`)")
 
 
 class Docstrings(griffe.Extension):
