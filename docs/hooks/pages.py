@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import re
 from pathlib import Path
@@ -30,4 +31,26 @@ def on_files(files: Files, config: MkDocsConfig, **kwargs: Any) -> Files:
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         name = f"results/{path.relative_to(folder).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
+    files.append(File.generated(config, "messages.md", content=_messages(folder.parents[1] / "st_kdmcse")))
     return files
+
+
+def _messages(package: Path) -> str:
+    """All error messages of the package, by module."""
+    lines = ["# List of messages\n", "What is different each time is written as …\n"]
+    for path in sorted(package.rglob("*.py")):
+        found = dict.fromkeys(filter(None, map(_message, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))))
+        if found:
+            lines.append(f"\n## {path.relative_to(package).as_posix()}\n")
+            lines += [f"- {html.escape(message)}" for message in found]
+    return "\n".join(lines)
+
+
+def _message(node: ast.AST) -> str | None:
+    """The text of a ``raise``; None if there is none."""
+    if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+        return None
+    parts = getattr(node.exc.args[0], "values", [node.exc.args[0]])
+    texts = [part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "…" for part in parts]
+    text = " ".join("".join(texts).split())
+    return text if len(text.replace("…", "").split()) > 2 else None
