@@ -1,16 +1,20 @@
-"""What the site does beyond its plugins: formulas become MathML, which needs no scripts, and results are published."""
+"""What the site does beyond its plugins: formulas as MathML, results, the command line, messages."""
 
 from __future__ import annotations
 
 import ast
 import html
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from st_kdmcse.cli.main import main
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
@@ -32,7 +36,21 @@ def on_files(files: Files, config: MkDocsConfig, **kwargs: Any) -> Files:
         name = f"results/{path.relative_to(folder).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
     files.append(File.generated(config, "messages.md", content=_messages(folder.parents[1] / "st_kdmcse")))
+    files.append(File.generated(config, "cli.md", content="".join(_commands("st-kdmcse", main))))
     return files
+
+
+def _commands(name: str, command: click.Command, parent: click.Context | None = None) -> Iterator[str]:
+    """The help of a command and of those below it, as the terminal shows it."""
+    context = click.Context(command, parent, info_name=name.rpartition(" ")[2], terminal_width=84)
+    if parent is None:
+        yield "# Command line\n\nWhat `--help` says, command by command.\n"
+    yield f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            found = command.get_command(context, below)
+            assert found is not None
+            yield from _commands(f"{name} {below}", found, context)
 
 
 def _messages(package: Path) -> str:
