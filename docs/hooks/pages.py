@@ -36,8 +36,23 @@ def on_files(files: Files, config: MkDocsConfig, **kwargs: Any) -> Files:
         name = f"results/{path.relative_to(folder).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
     files.append(File.generated(config, "messages.md", content=_messages(folder.parents[1] / "st_kdmcse")))
+    files.append(File.generated(config, "index.md", content=_home(folder.parents[1] / "README.md")))
     files.append(File.generated(config, "cli.md", content="".join(_commands("st-kdmcse", main))))
     return files
+
+
+def _home(readme: Path) -> str:
+    """The README with links that lead to the pages of the site."""
+    text = readme.read_text(encoding="utf-8")
+    for link, page in (
+        ("(docs/tutorials)", "(tutorials/own_images.ipynb)"),
+        ("(docs/", "("),
+        ("(benchmarks/", "("),
+        ("(CHANGELOG.md)", "(changelog.md)"),
+        ("(CONTRIBUTING.md)", "(contributing.md)"),
+    ):
+        text = text.replace(link, page)
+    return text
 
 
 def _commands(name: str, command: click.Command, parent: click.Context | None = None) -> Iterator[str]:
