@@ -1,4 +1,5 @@
 # make demo: environment, installation and the embedded demo.  make test: the tests.  make check: lint, types, layers.
+# make docs: the site, in site/, with the tutorials run; a broken link is an error.
 # make wheel: build the wheel, and use it in an environment of its own, away from this folder.
 # make test-lowest: what needs the libraries' own interfaces, with the lowest versions that pyproject.toml allows.
 # make gpu: what only a GPU shows, tests and training benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
@@ -17,7 +18,7 @@ LOWEST ?= .venv-lowest
 CORE = tests/losses tests/training tests/data tests/teachers tests/extraction tests/evaluation \
 	$(wildcard tests/test_[cefpu]*.py)
 
-.PHONY: demo test test-lowest wheel check bench gpu clean
+.PHONY: demo test test-lowest wheel check docs bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/st-kdmcse demo
@@ -34,6 +35,9 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel
 
@@ -46,7 +50,7 @@ gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_curves.py $(REAL_DATA) --output benchmarks/results/training_curves_gpu.json
 
 clean:
-	rm -rf $(VENV) $(LOWEST) kdmcse-demo
+	rm -rf $(VENV) $(LOWEST) kdmcse-demo site .cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Draw the figures of the site: python docs/hooks/figures.py FEATURES REPORT.json
+"""Draw the figures of the site: python docs/hooks/figures.py FEATURES REPORT.json.
 
 FEATURES is a feature store of photographs (the site's are of 984 images of Flickr8k), REPORT.json that of the grounding
 experiment. The files go to docs/images.
@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from st_kdmcse import FeatureStore
 
@@ -64,14 +63,19 @@ def _of_one_image(store: FeatureStore, texts: np.ndarray[Any, Any]) -> np.ndarra
     return scores
 
 
-def _margins(other: dict[str, np.ndarray[Any, Any]]) -> Figure:
+def _margins(other: dict[str, np.ndarray[Any, Any]]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     angles = np.linspace(0, np.pi, 400)
     left.plot(angles, np.cos(angles), color=GREY, label="Δ = 0: alike in the teacher's eyes")
     for delta, color in ((0.5, ORANGE), (1.0, BLUE)):
         moved = np.where(angles > MARGIN * delta, angles - MARGIN * delta, angles)
         left.plot(angles, np.cos(moved), color=color, label=f"Δ = {delta:g}" + (": unlike" if delta == 1 else ""))
-    left.set(xlabel="angle θ of the negative (radians)", ylabel="cosine that enters the loss", xlim=(0, 2.2), ylim=(-0.6, 1.05))
+    left.set(
+        xlabel="angle θ of the negative (radians)",
+        ylabel="cosine that enters the loss",
+        xlim=(0, 2.2),
+        ylim=(-0.6, 1.05),
+    )
     left.set_title("a negative with margin m = 0.125", fontsize=10)
     left.legend(frameon=False, fontsize=8)
     scores = other["text-text"]
@@ -81,14 +85,16 @@ def _margins(other: dict[str, np.ndarray[Any, Any]]) -> Figure:
         (MARGIN * np.abs(1 - scores), BLUE, "raw scores, m = 0.125"),
         (QUANTILE_MARGIN * (1 - shares), ORANGE, "quantiles, m = 0.25"),
     ):
-        right.hist(margins, bins, weights=np.full(len(margins), 100 / len(margins)), color=color, alpha=0.6, label=label)
+        right.hist(
+            margins, bins, weights=np.full(len(margins), 100 / len(margins)), color=color, alpha=0.6, label=label
+        )
     right.set(xlabel="margin m Δ (radians)", ylabel="% of negatives")
     right.set_title("margins between captions of Flickr8k", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _thresholds(true: dict[str, Any], other: dict[str, Any]) -> Figure:
+def _thresholds(true: dict[str, Any], other: dict[str, Any]) -> Any:
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     bins = np.linspace(-0.6, 1, 81)
     for panel, (kind, scores) in zip(panels, other.items(), strict=True):
@@ -107,7 +113,7 @@ def _thresholds(true: dict[str, Any], other: dict[str, Any]) -> Figure:
     return figure
 
 
-def _results(report: dict[str, Any]) -> Figure:
+def _results(report: dict[str, Any]) -> Any:
     names = {
         "simcse": "SimCSE",
         "mcse": "MCSE",
@@ -133,12 +139,12 @@ def _results(report: dict[str, Any]) -> Figure:
     axis.axvline(before, color=ORANGE, label=f"before training {before:.2f}")
     axis.set_yticks(range(len(names)), [*names.values()])
     axis.invert_yaxis()
-    axis.set(xlabel="Spearman × 100, mean of STS12, STS-B, SICK-R, CxC; a stroke is a seed", xlim=(58, 72))
+    axis.set(xlabel="Spearman x 100, mean of STS12, STS-B, SICK-R, CxC; a stroke is a seed", xlim=(58, 72))
     axis.legend(frameon=False, fontsize=8, loc="center left")
     return figure
 
 
-def _save(figure: Figure, name: str) -> None:
+def _save(figure: Any, name: str) -> None:
     figure.savefig(IMAGES / f"{name}.svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import html
 import re
+import zlib
 from collections.abc import Iterator
+from importlib import import_module
+from inspect import ismodule
 from pathlib import Path
 from typing import Any
 
 import click
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from st_kdmcse.cli.main import main
@@ -26,7 +30,8 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     formula = html.unescape(found[2]).strip()[2:-2].strip()
-    return convert(formula, display="block" if found[1] == "div" else "inline")
+    mathml: str = convert(formula, display="block" if found[1] == "div" else "inline")
+    return mathml
 
 
 def on_files(files: Files, config: MkDocsConfig, **kwargs: Any) -> Files:
@@ -87,3 +92,19 @@ def _message(node: ast.AST) -> str | None:
     texts = [part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "…" for part in parts]
     text = " ".join("".join(texts).split())
     return text if len(text.replace("…", "").split()) > 2 else None
+
+
+def on_post_build(config: MkDocsConfig, **kwargs: Any) -> None:
+    """Refuse a site that lacks a public name."""
+    inventory = (Path(config.site_dir) / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    documented = {line.split(" ")[0] for line in zlib.decompress(inventory).decode().splitlines()}
+    parts = ("data", "evaluation", "extraction", "functional", "losses", "search", "teachers", "training")
+    missing = []
+    for module in map(import_module, ("st_kdmcse", *(f"st_kdmcse.{part}" for part in parts))):
+        for name in module.__all__:
+            public = getattr(module, name)
+            origin = f"{getattr(public, '__module__', '')}.{name}"  # a function may have the name of its module
+            if not ({f"{module.__name__}.{name}", origin} & documented or ismodule(public) or name == "__version__"):
+                missing.append(f"{module.__name__}.{name}")
+    if missing:
+        raise PluginError(f"public names that are on no page of docs/api: {', '.join(missing)}")
