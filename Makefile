@@ -2,6 +2,7 @@
 # make docs: the site, in site/, with the tutorials run; a broken link is an error.
 # make wheel: build the wheel, and use it in an environment of its own, away from this folder.
 # make test-lowest: what needs the libraries' own interfaces, with the lowest versions that pyproject.toml allows.
+# make milvus: the tests that need a Milvus server; it is installed in an environment of its own (Linux, x86-64).
 # make gpu: what only a GPU shows, tests and training benchmarks; ST_KDMCSE_DATA is the folder of wiki/wiki_sentences.txt,
 # flickr8k_features and senteval.
 PYTHON ?= python3
@@ -14,17 +15,21 @@ REAL_DATA = --text $(DATA)/wiki/wiki_sentences.txt --features $(DATA)/flickr8k_f
 PYTEST = -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 LOWEST ?= .venv-lowest
+MILVUS ?= .venv-milvus
 # Not the server, Milvus, the commands and the demo: they stand on these.
 CORE = tests/losses tests/training tests/data tests/teachers tests/extraction tests/evaluation \
 	$(wildcard tests/test_[cefpu]*.py)
 
-.PHONY: demo test test-lowest wheel check docs bench gpu clean
+.PHONY: demo test test-lowest milvus wheel check docs bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/st-kdmcse demo
 
 test: $(VENV)/.dev
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) -m "not milvus_server"
+
+milvus: $(VENV)/.dev $(MILVUS)/.server
+	ST_KDMCSE_MILVUS_SERVER=$(abspath $(MILVUS))/bin/milvus-server $(BIN)/python -m pytest -m milvus_server tests/search
 
 test-lowest: $(LOWEST)/.dev
 	$(LOWEST)/bin/python $(PYTEST) $(CORE)
@@ -50,7 +55,7 @@ gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/training_curves.py $(REAL_DATA) --output benchmarks/results/training_curves_gpu.json
 
 clean:
-	rm -rf $(VENV) $(LOWEST) kdmcse-demo site .cache
+	rm -rf $(VENV) $(LOWEST) $(MILVUS) kdmcse-demo site .cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,4 +73,9 @@ $(LOWEST)/.dev: pyproject.toml
 	$(LOWEST)/bin/python -m pip install uv
 	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[dev]" \
 		$$(sed -n 's/^ *"\(transformers\)>=\([0-9.]*\),.*/\1==\2/p' pyproject.toml)  # else uv takes the newest
+	touch $@
+
+$(MILVUS)/.server:
+	$(PYTHON) -m venv $(MILVUS)
+	$(MILVUS)/bin/python -m pip install "milvus>=2.3.5,<2.4"
 	touch $@

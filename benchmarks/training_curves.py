@@ -151,7 +151,7 @@ def curve(
 def student(settings: dict[str, Any]) -> SentenceTransformer:
     """The student of a run; one of random weights where layers are given."""
     if not settings["layers"]:
-        return build_student(settings["model"] or minilm(), 32)
+        return build_student(settings["model"] or minilm(), 32, "cls")
     return make_student("bert", minilm(), settings["layers"], settings["hidden"])
 
 

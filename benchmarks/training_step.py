@@ -104,7 +104,7 @@ def main(
 def make_student(model: str | None, layers: int, hidden: int, device: str) -> SentenceTransformer:
     """The same weights in every process."""
     torch.manual_seed(0)
-    student = (build_student(model) if model else random_student(layers, hidden)).to(device)
+    student = (build_student(model, pooling="cls") if model else random_student(layers, hidden)).to(device)
     student.train()
     return student
 

@@ -105,6 +105,19 @@ def assumed_pooling(model: SentenceTransformer) -> str | None:
     return getattr(model, "assumed_pooling", None)
 
 
+def as_texts(model: SentenceTransformer, texts: Sequence[str]) -> list[Any]:
+    """Texts as a model takes them for texts whatever they say.
+
+    A model that takes images too would read a text such as "dog.jpg" or "https://example.org/dog.jpg" as the place of
+    one, and load it.
+
+    Args:
+        model: any sentence-transformers model.
+        texts: n texts.
+    """
+    return [{"text": text} for text in texts] if model.supports("image") else list(texts)
+
+
 def encode_distinct(
     model: SentenceTransformer,
     sentences: Sequence[str],
@@ -277,10 +290,11 @@ def _encode_normalized(
     def batches(encode: Callable[..., Any]) -> Iterator[tuple[Rows, Mapping[str, Any]]]:
         if pool is not None:  # the pool divides the texts, the longest first
             rows = np.argsort(-lengths, kind="stable")
-            yield rows, {"": encode([distinct[row] for row in rows], pool=pool, **settings)}
+            yield rows, {"": encode(as_texts(model, [distinct[row] for row in rows]), pool=pool, **settings)}
             return
         for rows in length_batches(lengths, _token_budget(model)):
-            yield rows, {"": encode([distinct[row] for row in rows], batch_size=len(rows), **settings)}
+            batch = as_texts(model, [distinct[row] for row in rows])
+            yield rows, {"": encode(batch, batch_size=len(rows), **settings)}
 
     with (
         computing(model, encoding_precision(model, precision, len(distinct))) as encoder,
@@ -311,7 +325,7 @@ def token_batches(
     lengths = token_counts(model, sentences)
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
     for rows in length_batches(lengths, batch_tokens or _token_budget(model)):
-        features = model.preprocess([sentences[row] for row in rows], prompt=prompt)
+        features = model.preprocess(as_texts(model, [sentences[row] for row in rows]), prompt=prompt)
         yield rows, batch_to_device(features, model.device)
 
 

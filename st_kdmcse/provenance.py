@@ -28,6 +28,8 @@ _LIBRARIES = (
     "faiss-cpu",
     "faiss-gpu",
 )
+_NO_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""What a configuration of transformers says of where and when a model was saved."""
 
 
 def provenance(
@@ -90,6 +92,33 @@ def parameters_checksum(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def model_checksum(model: SentenceTransformer) -> str:
+    """SHA-256 of all that decides what a model returns for a text, as 64 hexadecimal digits.
+
+    Beside the parameters these are the settings of the modules, the tokenizer, prompts and lengths.
+
+    Args:
+        model: any sentence-transformers model.
+    """
+    config = model.config
+    settings = [
+        parameters_checksum(model),
+        [(type(module).__name__, module.get_config_dict()) for module in model],
+        {name: each for name, each in (config.to_diff_dict() if config else {}).items() if name not in _NO_SETTINGS},
+        _tokenizer_content(getattr(model[0], "tokenizer", None)),
+        [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name, model.max_seq_length],
+    ]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_content(tokenizer: Any) -> Any:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None
+    content = json.loads(fast.to_str())
+    return {name: each for name, each in content.items() if name not in ("truncation", "padding")}  # of the last call
 
 
 def device_name(device: torch.device | None = None) -> str:

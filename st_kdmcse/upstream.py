@@ -41,6 +41,7 @@ __all__ = [
     "attention_of",
     "backward_of_mini_batches",
     "check_layers",
+    "checkpoint_activations",
     "embed_columns",
     "leave_autocast",
     "nested_gather",
@@ -86,6 +87,10 @@ class HookedTrainer(SentenceTransformerTrainer):
     def load_extra(self, directory: Path) -> None:
         """Load what :meth:`save_extra` saved, before the model is loaded."""
 
+    def around_files(self) -> AbstractContextManager[object]:
+        """A context in which the model is saved, or loaded."""
+        return nullcontext()
+
     def checkpoint_loaded(self) -> None:
         """The model and what :meth:`load_extra` loads are those of one checkpoint now."""
 
@@ -120,12 +125,14 @@ class HookedTrainer(SentenceTransformerTrainer):
         return self.training_batches(loader, dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        with self.around_files():
+            super()._save(output_dir, state_dict)
         self.save_extra(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.load_extra(Path(checkpoint_path))
-        super()._load_from_checkpoint(checkpoint_path)
+        with self.around_files():
+            super()._load_from_checkpoint(checkpoint_path)
         self.checkpoint_loaded()
 
 
@@ -138,6 +145,17 @@ def check_layers(model: nn.Module) -> None:
     encoder = next(iter(getattr(model, "module", model).children()), None)
     if isinstance(getattr(encoder, "forward", None), TransformerDecorator):
         raise ValueError(NO_LAYERS)
+
+
+def checkpoint_activations(encoder: PreTrainedModel) -> None:
+    """Let the layers of an encoder keep their inputs alone in training, and compute the rest again for the gradient.
+
+    Raises:
+        ValueError: if it has no layers that can.
+    """
+    # The trainer's argument is called differently from version to version, and its old name warns.
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def leave_autocast(model: nn.Module) -> None:

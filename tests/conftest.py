@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import WORDS, cpu_with_bfloat16, data_folder
+from milvus_server import SERVER, MilvusServer
 from photo_set import IMAGES, make_images
 from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
 
@@ -63,6 +64,17 @@ def photos(tmp_path_factory) -> list[Path]:
         small = image_module.fromarray(generator.integers(0, 256, size=(6, 6, 3), dtype=np.uint8))
         small.resize((90 + 10 * number, 120)).save(folder / f"{number:02d}.jpg")
     return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory):
+    """A Milvus server on this machine, where ``make milvus`` has installed one."""
+    pytest.importorskip("pymilvus")
+    if not SERVER.is_file():
+        pytest.skip(f"no Milvus server at {SERVER}; make milvus installs it")
+    server = MilvusServer(tmp_path_factory.mktemp("milvus-server"))
+    yield server
+    server.kill()
 
 
 collect_ignore_glob = ["*_worker.py", "*/*_worker.py"]
@@ -123,6 +135,14 @@ def tiny_clip(tmp_path_factory) -> Path:
     from teacher_models import make_tiny_clip
 
     return make_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_multimodal(tmp_path_factory, tiny_clip) -> Path:
+    """Folder of a small, randomly initialised sentence-transformers model of texts and images."""
+    from teacher_models import make_tiny_multimodal
+
+    return make_tiny_multimodal(tmp_path_factory.mktemp("multimodal") / "tiny-multimodal", tiny_clip)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from helpers import WORDS, copy_tree
+
+GERMAN = [
+    ("Ein Flugzeug hebt gerade ab.", "Ein Flugzeug startet.", 5.0),
+    ("Ein Mann spielt eine große Flöte.", "Ein Mann spielt Flöte.", 3.8),
+    ("Eine Frau schält Kartoffeln.", "Zwei Hunde toben im Schnee.", 0.2),
+]
+CHINESE = [("一架飞机正在起飞。", "飞机要起飞了。", 4.9), ("一个男人在吹笛子。", "两只狗在雪地里玩。", 0.4)]
 
 
 def write_data(folder: Path, sentences, store) -> Path:
@@ -19,6 +27,21 @@ def write_data(folder: Path, sentences, store) -> Path:
         pairs = list(_pairs(10, generator))
         write(folder / f"STS/STS12-en-test/STS.input.{name}.txt", "".join(f"{a}\t{b}\n" for _, a, b in pairs))
         write(folder / f"STS/STS12-en-test/STS.gs.{name}.txt", "".join(f"{gold}\n" for gold, *_ in pairs))
+    return folder
+
+
+def write_multilingual(folder: Path, languages, ending="parquet") -> Path:
+    """STS-B in several languages, a folder each, as stsb_multi_mt has it on the hub."""
+    card = ["---", "configs:"]
+    for language, pairs in languages.items():
+        (folder / language).mkdir(parents=True)
+        table = pd.DataFrame(pairs, columns=["sentence1", "sentence2", "similarity_score"])
+        card += [f"- config_name: {language}", "  data_files:"]
+        for split in ("train", "dev", "test"):
+            file = folder / language / f"{split}-00000-of-00001.{ending}"
+            table.to_parquet(file) if ending == "parquet" else table.to_csv(file, index=False)
+            card += [f"  - split: {split}", f"    path: {language}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
     return folder
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
@@ -64,6 +66,13 @@ def make_tiny_clip(folder: Path, seed: int = 0) -> Path:
     CLIPTokenizer(vocab=numbers, merges=[]).save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_multimodal(folder: Path, clip: Path) -> Path:
+    """A ``CLIPModel`` as a sentence-transformers model of texts and images."""
+    module = Transformer(str(clip), max_seq_length=CONTEXT_LENGTH)
+    SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(folder))
     return folder
 
 

@@ -18,7 +18,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", "path", type=_PATH, required=True, help="Folder for the model; a new one.")
 @click.option(
     "--teacher",
-    help="CLIP or SigLIP model of Hugging Face that gave the features: hub name or folder.  [that of the features]",
+    help="Model that gave the features: hub name or folder of a CLIP or SigLIP, or sentence-transformers:NAME.  "
+    "[that of the features]",
 )
 @click.option("--features", type=_PATH, help="Feature store of the run.  [where the run found it]")
 @click.option("--images", type=_PATH, help="Folder of the images, to see that --teacher gave the features.")

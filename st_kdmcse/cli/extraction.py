@@ -49,8 +49,8 @@ def extraction_options(command: Command, in_training: bool = False, **defaults: 
         "limit": {"type": Whole(1), "help": "Images drawn from the data set.  [all]"},
         "subset_seed": {"type": SEED, "help": "Seed of what is drawn from the data set."},
         "on_error": {"type": click.Choice(["raise", "skip"]), "help": "Stop at a bad row or image, or skip it."},
-        "teacher": {"help": "open_clip model (ViT-B-32, config.json, hf-hub:..., a folder), or "
-                    "transformers:openai/clip-vit-base-patch32."},
+        "teacher": {"help": "open_clip model (ViT-B-32, config.json, hf-hub:..., a folder), "
+                    "transformers:openai/clip-vit-base-patch32, or sentence-transformers:clip-ViT-B-32."},
         "pretrained": {"help": "Weights of an open_clip model: a tag or a file.  [openai]"},
         "text_teacher": {"help": "Another teacher for the captions, as sentence-transformers:all-mpnet-base-v2."},
         "precision": {"type": click.Choice(["auto", "float32", "bfloat16", "float16"]),

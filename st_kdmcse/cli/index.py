@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -21,18 +21,19 @@ from st_kdmcse.cli.search_options import (
     Model,
     NamesType,
     RecallTarget,
+    TuneQueries,
     file_options,
     record_file,
     say_what_was_skipped,
 )
+from st_kdmcse.data.layout import IMAGES
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.encoding import load_model
 from st_kdmcse.files import progress_bar
-from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.build import build_index
-from st_kdmcse.search.images import index_images
+from st_kdmcse.search.images import captions_by_image, index_images
 from st_kdmcse.search.records import RecordFile, TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import read_index
@@ -57,6 +58,7 @@ def index() -> None:
 @file_options("number of the line, or row")
 @Factory
 @RecallTarget
+@TuneQueries
 @MemoryLimit
 @click.option(
     "--devices", type=NamesType(), metavar="A,B", help="Devices that share the encoding: cuda:0,cuda:1.  [all GPUs]"
@@ -68,6 +70,7 @@ def build(
     out: str,
     factory: str | None,
     recall_target: float,
+    tune_queries: Path | None,
     memory_limit: int | None,
     devices: list[str] | None,
     precision: Precision,
@@ -84,10 +87,14 @@ def build(
     quiet_libraries()
     with friendly_errors("stopped; what was encoded is kept, and the same command goes on from there"):
         records = record_file(file, columns)
+        queries = None if tune_queries is None else [record.text for record in RecordFile(tune_queries)]
         place = parse_address(out)
         if isinstance(place, MilvusAddress):
-            if factory or memory_limit or devices:
-                raise ValueError("--factory, --memory-limit and --devices are for an index in a folder, not in Milvus")
+            if factory or tune_queries or memory_limit or devices:
+                raise ValueError(
+                    "--factory, --tune-queries, --memory-limit and --devices are for an index in a folder, not for "
+                    "Milvus"
+                )
             total = records.check()
             made = SemanticIndex.open(out, model, create=True, precision=precision)
             _fill(made, records, total)
@@ -103,6 +110,7 @@ def build(
                 memory_limit=memory_limit,
                 devices=devices,
                 precision=precision,
+                tune_queries=queries,
             )
         click.echo(f"{len(made):,} texts of {file} are in {out}")
         say_what_was_skipped(records)
@@ -110,43 +118,62 @@ def build(
 
 
 @index.command()
-@click.argument("features", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="Sentence encoder that was trained with the heads: hub name or folder.")
-@click.option("--heads", type=click.Path(path_type=Path), help="Folder of the trained heads.  [MODEL/heads]")
-@click.option("--images", "folder", type=click.Path(path_type=Path), help="Folder of the image files, to show them.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="Model of texts and images, as export makes it: hub name or folder.")
+@click.option(
+    "--images", "folder", type=click.Path(path_type=Path), help="Folder of the images, where SOURCE is a feature store."
+)
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the index.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="Stop at an image that cannot be decoded, or skip it.",
+)
 @Factory
 @RecallTarget
 @MemoryLimit
 def images(
-    features: Path,
+    source: Path,
     model: str,
-    heads: Path | None,
     folder: Path | None,
     out: Path,
+    on_error: Literal["raise", "skip"],
     factory: str | None,
     recall_target: float,
     memory_limit: int | None,
 ) -> None:
-    """Index the images of the feature store FEATURES, to be found by sentences, with heads that were trained on it.
+    """Index the images of the folder SOURCE, to be found by sentences and by images.
+
+    SOURCE may be a feature store: its captions are then shown with the images, which are in --images.
 
     \b
-    st-kdmcse index images flickr30k-features --model kdmcse-bert --images flickr30k-images --out my-images
+    st-kdmcse export kdmcse-bert --out kdmcse-bert-image
+    st-kdmcse index images photos --model kdmcse-bert-image --out my-images
     st-kdmcse search my-images "a dog in the snow"
+    st-kdmcse search my-images --image photo.jpg
     """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
     with friendly_errors("stopped; nothing was written"):
+        captions = None
+        if (source / IMAGES).is_file():
+            if folder is None:
+                raise ValueError(f"{source} is a feature store: give the folder of its images as --images")
+            captions = captions_by_image(FeatureStore.open(source))
+        elif folder is not None:
+            raise ValueError(f"--images goes with a feature store, and {source} is none")
         made = index_images(
-            FeatureStore.open(features),
-            load_model(model),
-            Path(model, HEADS_DIR) if heads is None else heads,
+            folder or source,
+            model,
             out,
-            images=folder,
+            captions=captions,
+            on_error=on_error,
             factory=factory,
             recall_target=recall_target,
             memory_limit=memory_limit,
         )
-        click.echo(f"{len(made):,} images of {features} are in {out}")
+        click.echo(f"{len(made):,} images of {folder or source} are in {out}")
         click.echo(f'search them: st-kdmcse search {shlex.quote(str(out))} "a query"')
 
 
@@ -273,6 +300,8 @@ def _info(address: str) -> dict[str, Any]:
     else:
         backend, header = read_index(place)
     details = {name: header[name] for name in ("precision", "tuning", "versions", "date") if name in header}
+    if details.get("tuning"):
+        details["tuning"] = {**details["tuning"], "met": backend.tuning.met, "summary": str(backend.tuning)}
     intact = {} if isinstance(place, MilvusAddress) else {"checksums": "ok"}
     return {**backend.info(), "model": header.get("model"), **details, **intact}
 

@@ -26,6 +26,7 @@ from st_kdmcse.cli.search_options import (
     record_file,
     say_what_was_skipped,
 )
+from st_kdmcse.data.images import load_image
 from st_kdmcse.encoding import load_model
 from st_kdmcse.files import progress_bar
 from st_kdmcse.precision import Precision
@@ -69,6 +70,7 @@ _TEXT_LINES = 4
     help="Only texts whose metadata fulfil it, with =, !=, <, <=, > or >=; repeat it for more.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document, for programs.")
+@click.option("--image", type=click.Path(path_type=Path), help="Image to search by, instead of a QUERY.")
 @click.option("--queries", type=click.Path(path_type=Path), help="File of queries, in any format of index build.")
 @click.option("--out", type=click.Path(path_type=Path), help="File for their results: .csv, .jsonl or .parquet.")
 @file_options("number of the line, or row", with_metadata=False)
@@ -86,6 +88,7 @@ def search(
     k: int,
     conditions: tuple[str, ...],
     as_json: bool,
+    image: Path | None,
     queries: Path | None,
     out: Path | None,
     model: str | None,
@@ -101,6 +104,7 @@ def search(
     st-kdmcse search my-index "a dog in the snow"
     st-kdmcse search my-index "a dog in the snow" -k 3 --filter lang=en --filter 'year>=2000' --json
     st-kdmcse search my-index --queries queries.txt --out results.parquet
+    st-kdmcse search my-images --image photo.jpg
     """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
     with friendly_errors("stopped; nothing was written"):
@@ -108,7 +112,14 @@ def search(
         text = " ".join(query)
         if query and not text.strip():
             raise ValueError("the query is empty: say what to search for")
-        if queries is not None:
+        if image is not None:
+            if query or queries is not None:
+                raise ValueError("--image goes without a query and --queries")
+            picture = load_image(image)
+            index = SemanticIndex.open(address, model, precision=precision)
+            (hits,) = search_typed(index, [picture], k, where, images=True)
+            click.echo(document(None, k, where, hits, image) if as_json else table(hits))
+        elif queries is not None:
             if query or as_json or out is None:
                 raise ValueError("--queries goes with --out FILE, without a query and --json")
             out = output_file(out, queries)
@@ -187,13 +198,14 @@ def table(hits: Sequence[Hit]) -> str:
     return _layout(rows)
 
 
-def document(query: str, k: int, where: Filter | None, hits: Sequence[Hit]) -> str:
-    """Search results as JSON."""
+def document(query: str | None, k: int, where: Filter | None, hits: Sequence[Hit], image: Path | None = None) -> str:
+    """Search results as JSON; of a search by image, its file stands in the place of the query."""
+    asked = {"query": query} if image is None else {"image": str(image)}
     results = [
         {"rank": rank, "score": hit.score, "id": hit.id, "text": hit.text, "metadata": hit.metadata}
         for rank, hit in enumerate(hits, start=1)
     ]
-    return json.dumps({"query": query, "k": k, "filter": where, "results": results}, indent=2, ensure_ascii=False)
+    return json.dumps({**asked, "k": k, "filter": where, "results": results}, indent=2, ensure_ascii=False)
 
 
 def pair_table(found: Duplicates) -> str:

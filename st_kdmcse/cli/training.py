@@ -20,6 +20,7 @@ from st_kdmcse.extraction import ExtractionOptions
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.hub import PushError
 from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.metric import NANOBEIR_DATA
 from st_kdmcse.training.options import COMPILE_MODES, TrainingOptions
 from st_kdmcse.training.presets import PRESETS, DatasetPreset
 from st_kdmcse.training.run import train
@@ -34,7 +35,9 @@ _SOURCE_OF = {
     "text": ("text", "text_column"),
     "features": _FEATURES,
     "excluded images": ("exclude_images",),
+    "evaluation sets": ("exclude_overlap",),
     **dict.fromkeys(("sts-dev", "sts-test"), ("eval_data",)),
+    "metric": ("metric", "nanobeir_data"),
     **dict.fromkeys(("weights", "configuration", "tokenizer"), ("model",)),
 }
 """The parameters that what a run is made of comes from, by its name in the record."""
@@ -200,12 +203,27 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 "--eval-data",
                 default=default.eval_data,
                 show_default=True,
-                help="STS-B: a SentEval directory, or a dataset's hub name or folder.",
+                help="STS-B in any language: a SentEval directory, or a dataset's folder, hub name or NAME:CONFIG.",
             ),
+            click.option(
+                "--metric",
+                help="What chooses the best model: nanobeir, or some of its tasks: nanobeir:msmarco,nq.  [STS-B dev]",
+            ),
+            click.option("--nanobeir-data", help=f"NanoBEIR: a dataset's hub name or folder.  [{NANOBEIR_DATA}]"),
             click.option("--output-dir", type=path, default=output_dir, show_default=True),
+            click.option(
+                "--export",
+                type=path,
+                is_flag=False,
+                flag_value="text-image",
+                metavar="[FOLDER]",
+                help="Make a model of sentences and images in the end, in OUTPUT_DIR/text-image or OUTPUT_DIR/FOLDER.",
+            ),
+            click.option("--export-teacher", help="Teacher of --export, if the features name none; as in export."),
+            click.option("--export-images", type=path, help="Images of --export, to see that it is that teacher."),
             click.option("--epochs", type=COUNT, default=default.epochs, show_default=True),
             click.option("--max-steps", type=COUNT, help="Steps, instead of epochs."),
-            click.option("--batch-size", type=COUNT, help="Sentences a step and device.  [BERT: 64; RoBERTa: 128]"),
+            click.option("--batch-size", type=COUNT, help="Sentences a batch and device.  [BERT: 64; RoBERTa: 128]"),
             click.option(
                 "--mini-batch-size",
                 type=COUNT,
@@ -215,6 +233,17 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 "--matryoshka-dims",
                 type=ListType(int),
                 help="Sizes that embeddings can be cut to, such as 384,256,128, the whole one among them.  [off]",
+            ),
+            click.option(
+                "--gradient-accumulation-steps",
+                type=COUNT,
+                default=default.gradient_accumulation_steps,
+                show_default=True,
+                help="Batches a step; each has its own negatives alone.",
+            ),
+            click.option("--gradient-checkpointing", is_flag=True, help="Save memory: compute activations twice."),
+            click.option(
+                "--lora", type=COUNT, metavar="R", help="Train updates of rank R of the attention alone (peft).  [off]"
             ),
             click.option("--lr", type=NUMBER, help="Peak learning rate.  [BERT: 3e-5; RoBERTa: 1e-5]"),
             click.option(
@@ -232,7 +261,7 @@ def training_options(command: Command, output_dir: Path) -> Command:
                 type=click.Choice(get_args(PoolingMode)),
                 default=default.pooling,
                 show_default=True,
-                help="Sentence embedding: the [CLS] vector, or the mean of the token vectors.",
+                help="Sentence embedding; auto is the model's own, and [CLS] of a plain encoder.",
             ),
             click.option("--max-seq-length", type=COUNT, default=default.max_seq_length, show_default=True),
             click.option("--pair-every", type=COUNT, help="Steps from one pair batch to the next.  [|text| / |pairs|]"),
@@ -370,9 +399,17 @@ def report(summary: Mapping[str, Any], output_dir: Path) -> str:
         for scores in summary["sts_by_size"]:
             dev, test = 100 * scores["dev"], 100 * scores["test"]
             lines.append(f"  cut to {scores['size']} dimensions: {dev:.2f} dev, {test:.2f} test")
+        if metric := summary["metric"]:
+            of_best = next(point["score"] for point in metric["curve"] if point["step"] == best["step"])
+            lines.append(
+                f"{metric['name']}, which chose: {metric['before']:.4f} before, {of_best:.4f} best, "
+                f"{metric['curve'][-1]['score']:.4f} last"
+            )
         lines.append(f"best model: {output_dir}, last model: {output_dir / 'last'}")
     else:
         lines.append(f"model: {output_dir} (of the last step: there was no evaluation)")
+    if export := summary["options"]["export"]:
+        lines.append(f"model of sentences and images: {output_dir / export}")
     lines += [
         f"details: {output_dir / 'training_summary.json'}",
         "",

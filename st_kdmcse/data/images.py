@@ -68,18 +68,22 @@ class ImageError(ValueError):
         return str(self.args[1])
 
 
-def load_image(source: ImageSource | str) -> Image.Image:
+def load_image(
+    source: ImageSource | str, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """Decode an image completely.
 
     Args:
         source: a file, a slice of one, or the encoded bytes.
+        formats: of Pillow, the only ones that are read, such as "JPEG"; None reads all.
+        max_pixels: most pixels; None is ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Returns:
         The image in its own mode (RGB, L, P, CMYK, ...), every pixel of it read; as :func:`in_eight_bits` has it.
 
     Raises:
         ImageError: if there is no file, it is empty, cut off or no image, its values have no known range, or it has
-            more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (a decompression bomb); names the file.
+            more pixels than allowed (a decompression bomb); names the file.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -90,11 +94,10 @@ def load_image(source: ImageSource | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
-            image: Image.Image = Image.open(io.BytesIO(encoded))
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(
-                f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}"
-            )
+            image: Image.Image = Image.open(io.BytesIO(encoded), formats=formats)
+        most = max_pixels or Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {most:,}")
         return in_eight_bits(image)
     except Image.DecompressionBombError as error:
         raise ImageError("decompression bomb", f"{name} is too large an image ({error}): scale it down") from error

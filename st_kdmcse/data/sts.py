@@ -23,6 +23,7 @@ STS_TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R")
 """The tasks of Table 1 in its order."""
 
 _MAX_SCORE = 5.0
+_SCORE_COLUMNS = ("score", "similarity_score")
 
 # Parts of each year's task in SentEval. Of STS13 it leaves out SMT, for its licence.
 _SUBSETS = {
@@ -49,7 +50,7 @@ _SICK_TEST_PAIRS = 4927
 
 _LOCAL = (
     "give a SentEval folder with STS/STSBenchmark/sts-dev.csv in it, or a folder of parquet files (validation.parquet, "
-    "test.parquet) with the columns sentence1, sentence2, score"
+    "test.parquet) with the columns sentence1, sentence2 and score (or similarity_score)"
 )
 _COPY = "copy the file again"
 
@@ -195,7 +196,7 @@ def load_sts_splits(source: str | Path) -> dict[str, STSTask]:
 
 
 def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
-    """Load a split of the STS Benchmark.
+    """Load a split of the STS Benchmark, or of a data set of its form in any language.
 
     Args:
         source: one of
@@ -203,9 +204,11 @@ def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
             - a SentEval folder: the one that holds ``sts-dev.csv`` (tab-separated, no quoting, gold in column 5 and the
               sentences in columns 6 and 7), or a folder above it that holds ``STSBenchmark``, ``STS/STSBenchmark``,
               ``downstream/STS/STSBenchmark`` or ``data/downstream/STS/STSBenchmark``;
-            - a folder of parquet files or a name on the Hugging Face hub, such as ``sentence-transformers/stsb``, with
-              the columns sentence1, sentence2 and score and the splits train, validation (or dev) and test. If no score
-              of the split is above 1 they are taken to run from 0 to 1 and are multiplied by 5.
+            - a folder of parquet, CSV or JSON files or a name on the Hugging Face hub, such as
+              ``sentence-transformers/stsb``, with the columns sentence1, sentence2 and score (or similarity_score) and
+              the splits train, validation (or dev) and test. If no score of the split is above 1 they are taken to run
+              from 0 to 1 and are multiplied by 5. A configuration of it follows a colon, such as
+              ``PhilipMay/stsb_multi_mt:de``.
         split: "train", "dev" or "test".
 
     Raises:
@@ -216,7 +219,8 @@ def load_sts_benchmark(source: str | Path, split: Split) -> STSPairs:
     """
     _check_split(split)
     folder = Path(source)
-    if not folder.is_dir() and _is_path(source):
+    repository = _configuration(source)[0]
+    if _is_path(repository) and not Path(repository).is_dir():
         raise FileNotFoundError(f"there is no folder {source}: {_LOCAL}")
     benchmark = _benchmark_folder(folder)
     if benchmark is not None:
@@ -308,20 +312,25 @@ def _read_year(folder: Path, subset: str) -> STSPairs:
 
 
 def _from_datasets(source: str, split: Split, name: str) -> STSPairs:
+    repository, configuration = _configuration(source)
     try:
-        splits = load_dataset(source)
+        splits = load_dataset(str(repository), configuration)
     except (DatasetsError, OSError, ValueError) as error:
-        if Path(source).is_dir():
-            raise ValueError(f"{source} could not be read: {error}; {_LOCAL}") from error
-        raise ConnectionError(f"{source} did not load from the hub: {error}; {_LOCAL}") from error
+        reason = " ".join(str(error).split())
+        if reason.startswith("Config name is missing"):
+            raise ValueError(f"{source} has several configurations: name one, as {source}:CONFIG ({reason})") from error
+        if Path(repository).is_dir():
+            raise ValueError(f"{source} could not be read: {reason}; {_LOCAL}") from error
+        raise ConnectionError(f"{source} did not load from the hub: {reason}; {_LOCAL}") from error
     found = next((each for each in {"dev": ("validation", "dev")}.get(split, (split,)) if each in splits), None)
     if found is None:
         raise ValueError(f"{source} has the splits {sorted(splits)}, none of them {split}: {_LOCAL}")
     rows = splits[found]
-    missing = {"sentence1", "sentence2", "score"} - set(rows.column_names)
+    gold = next((name for name in _SCORE_COLUMNS if name in rows.column_names), _SCORE_COLUMNS[0])
+    missing = {"sentence1", "sentence2", gold} - set(rows.column_names)
     if missing:
         raise ValueError(f"{source}, split {found}: no column {', '.join(sorted(missing))}; {_LOCAL}")
-    columns = zip(rows["score"], rows["sentence1"], rows["sentence2"], strict=True)
+    columns = zip(rows[gold], rows["sentence1"], rows["sentence2"], strict=True)
     where = f"{source}, split {found}"
     pairs = checked_pairs(name, where, ((f"{where}, row {row}", *each) for row, each in enumerate(columns)))
     if max(pairs.scores) <= 1:
@@ -420,6 +429,12 @@ def _score(value: object, where: str) -> float:
 def _check_split(split: str) -> None:
     if split not in get_args(Split):
         raise ValueError(f'split is {split!r}, expected "train", "dev" or "test"')
+
+
+def _configuration(source: str | Path) -> tuple[str | Path, str | None]:
+    """A data set and its configuration: of ``NAME:CONFIG``, both."""
+    repository, colon, configuration = str(source).rpartition(":")
+    return (repository, configuration) if colon and not Path(source).is_dir() else (source, None)
 
 
 def _is_path(source: str | Path) -> bool:

@@ -87,7 +87,7 @@ def run_demo(output_dir: Path, seed: int = 42, quick: bool = False) -> dict[str,
     print(f"\n2. Score all-MiniLM-L6-v2, pooled by [CLS], on {size.test_pairs} pairs of captions of other scenes")
     student = minilm_folder()
     test = sts_evaluator(load_sts_benchmark(str(data), "test"), "test")
-    scores = {"before": spearman(test, build_student(student))}
+    scores = {"before": spearman(test, build_student(student, pooling="cls"))}
     print(f"   Spearman x 100: {100 * scores['before']:.2f}")
     lessons = {
         "simcse": "SimCSE: sentences and captions alone",
@@ -101,6 +101,7 @@ def run_demo(output_dir: Path, seed: int = 42, quick: bool = False) -> dict[str,
                 text=data / "sentences.txt",
                 features=data / "features",
                 method=method,
+                pooling="cls",
                 config=_CONFIG if method == "kdmcse" else {},
                 pair_every=2,
                 eval_data=str(data),

@@ -44,15 +44,17 @@ _SHARED_OPTIONS = (
     "pair_every",
     "captions_per_image",
     "captions_per_image_in_batch",
-    "pooling",
     "matryoshka_dims",
     "permute_images",
     "head_learning_rate",
     "head_init",
     "eval_steps",
     "gather_across_devices",
+    "gradient_accumulation_steps",
+    "lora",
 )
 _USUAL = {option.name: option.default for option in fields(TrainingOptions)}  # of options that older summaries lack
+_ONLY_POOLING = "cls"  # of runs before there was a choice
 _MEASURED = ("batch_size", "learning_rate", "processes", "steps", "bf16")
 
 
@@ -88,6 +90,7 @@ class Run:
         return {
             "method": self.summary["method"],
             **{name: options.get(name, _USUAL[name]) for name in _SHARED_OPTIONS},
+            "pooling": self.summary.get("pooling", options.get("pooling", _ONLY_POOLING)),
             **{name: self.summary[name] for name in _MEASURED},
             **{name: value for name, value in options["config"].items() if value != getattr(usual, name)},
             **{f"{name} data": checksum[:12] for name, checksum in sorted(self.summary["data_sha256"].items())},

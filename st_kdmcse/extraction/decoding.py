@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from st_kdmcse.data.images import ImageError, ImageSource
-from st_kdmcse.teachers.base import Teacher, try_load
+from st_kdmcse.teachers.base import Pixels, Teacher, stack_pixels, try_load
 
 
 class DecodedImages(Dataset[Any]):
@@ -25,11 +25,11 @@ class DecodedImages(Dataset[Any]):
         return (loaded.kind, str(loaded)) if isinstance(loaded, ImageError) else loaded
 
 
-def collate_images(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Tensor, list[tuple[int, str, str]], int]:
-    """(B, 3, H, W) pixels of the readable images, the errors of the others by position, and the number of all."""
+def collate_images(items: Sequence[Tensor | tuple[str, str]]) -> tuple[Pixels, list[tuple[int, str, str]], int]:
+    """The pixels of the readable images, the errors of the others by position, and the number of all."""
     pixels = [item for item in items if isinstance(item, Tensor)]
     errors = [(position, *item) for position, item in enumerate(items) if not isinstance(item, Tensor)]
-    return torch.stack(pixels) if pixels else torch.empty(0), errors, len(items)
+    return stack_pixels(pixels) if pixels else torch.empty(0), errors, len(items)
 
 
 def named_worker_errors(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -122,6 +122,7 @@ def extract(
         raise ValueError(f"shard {index}/{count}: expected i/n with i from 0 to n - 1")
     if part_size < 1 or workers < 0:
         raise ValueError(f"part_size is {part_size} and workers {workers}: expected at least 1, and at least 0")
+    preprocess = teacher.preprocess  # refused, before anything is written, by a teacher that knows no images
     part_size = -(-part_size // teacher.batch_size) * teacher.batch_size
     parts = parts_folder(path)
     run = {
@@ -143,7 +144,7 @@ def extract(
             return finished_report(path, started)
         refuse_existing(path)
         parts.claim(run)
-        job = _Job(reader, parts, teacher.preprocess, part_size, index, count)
+        job = _Job(reader, parts, preprocess, part_size, index, count)
         try:
             with _progress_bar(reader, part_size, shard, show_progress_bar) as bar:
                 _encode_all(job, teacher, dtype, workers, bar)

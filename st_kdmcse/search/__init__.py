@@ -3,7 +3,7 @@
 from st_kdmcse.search.base import Filter, Hit, Metadata, SearchBackend
 from st_kdmcse.search.build import build_index
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.images import index_images, text_to_image_encoder
+from st_kdmcse.search.images import index_images
 from st_kdmcse.search.records import RecordFile, TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex, UnknownIdError
 
@@ -19,5 +19,4 @@ __all__ = [
     "UnknownIdError",
     "build_index",
     "index_images",
-    "text_to_image_encoder",
 ]

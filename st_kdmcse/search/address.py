@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 if TYPE_CHECKING:
     from st_kdmcse.search.base import SearchBackend
@@ -15,10 +16,40 @@ TOKEN_VARIABLE = "MILVUS_TOKEN"
 """Environment variable with the token of a Milvus server, or "user:password": an address is printed, a token is not."""
 
 _DEFAULT_PORT = 19530
+_PLAIN = ("index", "consistency")
+_PREFIXED = {"index.": "index_parameters", "search.": "search_parameters"}
 _FORMS = (
     "milvus://HOST[:19530]/COLLECTION, milvus+https://HOST[:PORT]/COLLECTION, "
     "milvus:///path/to/file.db?collection=NAME or a directory"
 )
+CONSISTENCY = ("Strong", "Session", "Bounded", "Eventually")
+"""Whether a search waits for all that was added (Strong), for what this client added, or for less."""
+
+Parameters = tuple[tuple[str, "str | int | float"], ...]
+
+
+@dataclass(frozen=True)
+class MilvusOptions:
+    """What a Milvus server is told of a collection.
+
+    Attributes:
+        index: type of the index of a new collection, such as HNSW or IVF_FLAT.
+        index_parameters: of a new collection, by name, such as M and efConstruction.
+        search_parameters: by name, such as ef or nprobe.
+        consistency: of searches, one of :data:`CONSISTENCY`. Ids are looked up as they are, whatever it says.
+
+    Raises:
+        ValueError: for another consistency.
+    """
+
+    index: str = "AUTOINDEX"
+    index_parameters: Parameters = ()
+    search_parameters: Parameters = ()
+    consistency: str = "Strong"
+
+    def __post_init__(self) -> None:
+        if self.consistency not in CONSISTENCY:
+            raise ValueError(f"consistency is {self.consistency!r}, expected one of {', '.join(CONSISTENCY)}")
 
 
 @dataclass(frozen=True)
@@ -28,17 +59,24 @@ class MilvusAddress:
     Attributes:
         uri: of a server, such as "http://localhost:19530", or the path of a file of milvus-lite.
         collection: its name.
+        options: of a server.
     """
 
     uri: str
     collection: str
+    options: MilvusOptions = MilvusOptions()
 
     def __str__(self) -> str:
         """The address that :func:`parse_address` reads this from."""
         if "://" not in self.uri:
             return f"milvus:{'//' if self.uri.startswith('/') else ''}{quote(self.uri)}?collection={self.collection}"
         scheme, place = self.uri.split("://")
-        return f"{'milvus' if scheme == 'http' else 'milvus+https'}://{place}/{self.collection}"
+        given = [(name, getattr(self.options, name)) for name in _PLAIN]
+        written = [(name, value) for name, value in given if value != getattr(MilvusOptions(), name)]
+        for prefix, name in _PREFIXED.items():
+            written += [(prefix + parameter, value) for parameter, value in getattr(self.options, name)]
+        query = f"?{urlencode(written)}" if written else ""
+        return f"{'milvus' if scheme == 'http' else 'milvus+https'}://{place}/{self.collection}{query}"
 
 
 def parse_address(address: str | Path) -> Path | MilvusAddress:
@@ -46,14 +84,17 @@ def parse_address(address: str | Path) -> Path | MilvusAddress:
 
     >>> parse_address("indexes/wiki")
     PosixPath('indexes/wiki')
-    >>> parse_address("milvus://search.example.org/wiki")
-    MilvusAddress(uri='http://search.example.org:19530', collection='wiki')
-    >>> parse_address("milvus:///data/index.db?collection=wiki")
-    MilvusAddress(uri='/data/index.db', collection='wiki')
+    >>> parse_address("milvus://search.example.org/wiki").uri
+    'http://search.example.org:19530'
+    >>> parse_address("milvus:///data/index.db?collection=wiki").uri
+    '/data/index.db'
+    >>> parse_address("milvus://db/wiki?index=HNSW&index.M=16&search.ef=64&consistency=Bounded").options
+    MilvusOptions(index='HNSW', index_parameters=(('M', 16),), search_parameters=(('ef', 64),), consistency='Bounded')
 
     Args:
         address: a directory; ``milvus://HOST[:19530]/COLLECTION`` or ``milvus+https://HOST[:PORT]/COLLECTION`` (443
-            unless given); ``milvus:///path/to/file.db?collection=NAME`` or, relative to the working directory,
+            unless given), with options of :class:`MilvusOptions` as ``?index=TYPE&index.NAME=VALUE&search.NAME=VALUE&
+            consistency=LEVEL``; ``milvus:///path/to/file.db?collection=NAME`` or, relative to the working directory,
             ``milvus:file.db?collection=NAME``. Special characters of a path are percent-encoded.
 
     Raises:
@@ -77,8 +118,6 @@ def parse_address(address: str | Path) -> Path | MilvusAddress:
     if parts.fragment:
         raise ValueError(f"{text}: a # in a path is written %23")
     options = parse_qs(parts.query, keep_blank_values=True)
-    if unknown := [name for name in options if name != "collection"]:
-        raise ValueError(f"{text}: unknown option {unknown[0]!r}: there is only collection")
     if parts.netloc:
         return _server(text, scheme, options)
     return _file(text, scheme, unquote(parts.path), options)
@@ -105,7 +144,7 @@ def open_backend(address: str | Path, dim: int | None = None, create: bool = Fal
         from st_kdmcse.search.milvus_backend import MilvusBackend
 
         token = os.environ.get(TOKEN_VARIABLE)
-        return MilvusBackend(place.uri, place.collection, dim=dim, create=create, token=token)
+        return MilvusBackend(place.uri, place.collection, dim=dim, create=create, token=token, options=place.options)
     from st_kdmcse.search.faiss_backend import FaissBackend
     from st_kdmcse.search.storage import is_index, read_index
 
@@ -124,7 +163,7 @@ def _server(text: str, scheme: str, options: dict[str, list[str]]) -> MilvusAddr
     collection = parts.path.strip("/")
     if parts.netloc.endswith(".db") or parts.path.endswith(".db"):
         raise ValueError(f"{text}: a file is written milvus:///path/to/file.db?collection=NAME, with three slashes")
-    if options or not collection or "/" in collection:
+    if "collection" in options or not collection or "/" in collection:
         raise ValueError(f"{text}: expected one collection after the host: milvus://HOST[:{_DEFAULT_PORT}]/COLLECTION")
     try:
         port = parts.port
@@ -134,14 +173,44 @@ def _server(text: str, scheme: str, options: dict[str, list[str]]) -> MilvusAddr
         raise ValueError(f"{text}: there is no host: expected {_FORMS}")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     secure = scheme == "milvus+https"
-    return MilvusAddress(
-        f"http{'s' if secure else ''}://{host}:{port or (443 if secure else _DEFAULT_PORT)}", collection
-    )
+    uri = f"http{'s' if secure else ''}://{host}:{port or (443 if secure else _DEFAULT_PORT)}"
+    return MilvusAddress(uri, collection, _server_options(text, options))
+
+
+def _server_options(text: str, options: dict[str, list[str]]) -> MilvusOptions:
+    plain: dict[str, str] = {}
+    parameters: dict[str, list[tuple[str, str | int | float]]] = {name: [] for name in _PREFIXED.values()}
+    for name, values in options.items():
+        if len(values) != 1 or not values[0]:
+            raise ValueError(f"{text}: the option {name} takes one value")
+        prefix, dot, parameter = name.partition(".")
+        if name in _PLAIN:
+            plain[name] = values[0]
+        elif parameter and prefix + dot in _PREFIXED:
+            parameters[_PREFIXED[prefix + dot]].append((parameter, _number(values[0])))
+        else:
+            raise ValueError(
+                f"{text}: unknown option {name!r}: there are index=TYPE, index.NAME=VALUE, search.NAME=VALUE and "
+                "consistency=LEVEL"
+            )
+    try:
+        return MilvusOptions(**plain, **{name: tuple(each) for name, each in parameters.items()})  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
+
+
+def _number(text: str) -> str | int | float:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text
 
 
 def _file(text: str, scheme: str, path: str, options: dict[str, list[str]]) -> MilvusAddress:
     if scheme != "milvus" or not path.endswith(".db"):
         raise ValueError(f"{text}: there is neither a host nor a file that ends in .db: expected {_FORMS}")
+    if unknown := [name for name in options if name != "collection"]:
+        raise ValueError(f"{text}: unknown option {unknown[0]!r}: there is only collection; the others are of a server")
     names = options.get("collection", [])
     if len(names) != 1 or not names[0]:
         raise ValueError(f"{text}: which collection? expected milvus://{path}?collection=NAME")

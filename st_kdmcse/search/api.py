@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -47,7 +47,7 @@ class Result(Item):
 class Answer(BaseModel):
     """The nearest texts of a query, best first."""
 
-    query: str
+    query: str | None = Field(description="null for an image")
     k: int
     seconds: float
     results: list[Result]
@@ -125,6 +125,11 @@ def checked_search(
                 f"{name} has {len(query):,} characters; at most {limits.query_characters:,} are searched for"
             )
         check_unicode(query, name)
+    return checked_results(k, where, limits)
+
+
+def checked_results(k: int, where: Sequence[str] | dict[str, Any], limits: Limits) -> Filter | None:
+    """The filter of a search whose results are within the limits, see :func:`checked_search`."""
     if not 1 <= k <= limits.results:
         raise ValueError(f"asked for {k:,} results (k): 1 to {limits.results:,} are possible")
     if len(where) > MOST_CONDITIONS:
@@ -148,6 +153,7 @@ def check_rate(rate: RateLimit, request: Request, requests: int = 1) -> None:
 
 def router(
     find: Callable[[Sequence[str], int, Filter | None], Awaitable[tuple[float, list[list[Hit]]]]],
+    find_near: Callable[[bytes, int, Filter | None], Awaitable[tuple[float, list[Hit]]]],
     get: Callable[[str], Awaitable[Hit]],
     shown: Callable[[Hit], dict[str, Any]],
     rate: RateLimit,
@@ -158,6 +164,7 @@ def router(
 
     Args:
         find: gives seconds and hits of queries.
+        find_near: gives those of an image.
         get: gives a row by its id; raises KeyError.
         shown: a row for JSON.
         rate: how often a client may ask for the results of a query.
@@ -191,6 +198,27 @@ def router(
         taken, found = await find(asked.queries, k, where)
         results = [ranked(hits, shown) for hits in found]
         return JSONResponse({"queries": asked.queries, "k": k, "seconds": round(taken, 4), "results": results})
+
+    @api.post(
+        "/api/search/image",
+        summary="Search by an image",
+        responses=described(Answer, 408, 413, 415, 422, 503),
+        openapi_extra={"requestBody": {"required": True, "content": {"image/*": {}}}},
+    )
+    async def search_by_image(
+        request: Request,
+        k: int = default_k(limits),
+        conditions: list[str] = Query([], alias="filter"),  # noqa: B008 - how FastAPI is told
+    ) -> Any:
+        if not request.headers.get("content-type", "").startswith(("image/", "application/octet-stream")):
+            raise HTTPException(415, "the request is no image: send one, with its media type as Content-Type")
+        try:
+            where = checked_results(k, conditions, limits)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
+        check_rate(rate, request)
+        taken, hits = await find_near(await _body(request, limits.image_bytes, seconds), k, where)
+        return JSONResponse({"query": None, "k": k, "seconds": round(taken, 4), "results": ranked(hits, shown)})
 
     @api.get("/api/items/{id:path}", summary="Get a row by its id", responses=described(Item, 404))
     async def item(id: str) -> Any:  # noqa: A002 - the name in the description

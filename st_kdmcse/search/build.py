@@ -24,11 +24,11 @@ from st_kdmcse.files import LOCK, atomic_file, locked, manifest_checksum, progre
 from st_kdmcse.precision import Precision
 from st_kdmcse.provenance import claim, parameters_checksum
 from st_kdmcse.search.base import Matrix, NewRows, unit_rows
-from st_kdmcse.search.factory import Reordered, build_faiss, held_out_swaps
+from st_kdmcse.search.factory import build_faiss
 from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
 from st_kdmcse.search.model_check import model_header
 from st_kdmcse.search.records import TextRecord
-from st_kdmcse.search.semantic_index import SemanticIndex
+from st_kdmcse.search.semantic_index import SemanticIndex, check_tune_queries, encoded_queries
 from st_kdmcse.search.storage import check_free, is_index, write_index, writing
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import check_recall_target
@@ -56,6 +56,7 @@ def build_index(
     block_rows: int = BLOCK_ROWS,
     show_progress_bar: bool | None = None,
     precision: Precision = "auto",
+    tune_queries: Sequence[str] | None = None,
 ) -> SemanticIndex:
     """Build and save an index in memory that a block of records and the index bound.
 
@@ -73,12 +74,14 @@ def build_index(
         source: identity of the input, such as a file's name and SHA-256: what was begun goes on only with the same.
         factory: FAISS's name of the index type; None chooses one, see
             :func:`~st_kdmcse.search.factory.choose_factory`, and logs it.
-        recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
+        recall_target: recall@10 that an approximate index is tuned to reach on new queries, with 99.5 % confidence; in
+            (0, 1].
         memory_limit: bytes for the vectors.
         devices: that share the encoding, such as ["cuda:0", "cuda:1"]; None takes all GPUs where there are several.
         block_rows: records that are encoded, and saved, at a time.
         show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
         precision: that the texts are encoded in; "auto" is bfloat16 where that is faster.
+        tune_queries: queries such as users ask, which an approximate index is tuned on; None takes some of the texts.
 
     Returns:
         The index, as loaded from ``path``.
@@ -93,6 +96,7 @@ def build_index(
     if not path.name:
         raise ValueError(f"{path} cannot be an index: name a folder in it")
     check_recall_target(recall_target)
+    check_tune_queries(tune_queries)
     unfinished = path.with_name(f"{path.name}.parts")
     if is_index(path) and (unfinished / _RUN).is_file():  # killed after the last step
         with _Parts.claimed(unfinished, model, source, block_rows) as parts:
@@ -102,6 +106,7 @@ def build_index(
     total = _check(records(), show_progress_bar)
     factory = chosen_factory(total, int(model.get_embedding_dimension() or 0), factory, memory_limit)
     computed = encoding_precision(model, precision, total)
+    queries = encoded_queries(model, tune_queries)
     with _Parts.claimed(unfinished, model, source, block_rows, computed) as parts:
         with computing(model, computed) as encoder, _pool(encoder, devices) as pool:
 
@@ -109,10 +114,13 @@ def build_index(
                 return encode_documents(encoder, texts, pool, False)
 
             _encode(records(), total, encode, parts, show_progress_bar)
-        vectors = Reordered(_PartVectors(parts, total))
-        index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
-        write_index(path, FaissBackend(index, parts.table, factory, tuning), model_header(model, model_name, computed))
-        del index
+        vectors = _PartVectors(parts, total)
+        built = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar, queries)
+        with parts.table.transaction():
+            parts.table.move(built.swaps)
+        backend = FaissBackend(built.index, parts.table, factory, built.tuning)
+        write_index(path, backend, model_header(model, model_name, computed))
+        del built, backend
         parts.remove()
     return SemanticIndex.load(path, model)
 
@@ -121,8 +129,8 @@ class _Parts:
     """The folder of an unfinished build.
 
     Part n holds the embeddings of block n in ``part-n.npy``. ``part-n.json`` comes last: it has the checksum of those,
-    of the records that they were made from, and its own. The rows are in the table, at their positions in the index to
-    be; it is made again by each run, from the records themselves.
+    of the records that they were made from, and its own. The rows are in the table, in the order of the records; it
+    is made again by each run, from the records themselves.
     """
 
     def __init__(self, path: Path, dim: int, block_rows: int) -> None:
@@ -189,7 +197,7 @@ class _Parts:
             note = {"records": _digest(records), "sha256": sha256_file(array)}
             write_json(self._file(number, "json"), {**note, "checksum": manifest_checksum(note)})
 
-    def store(self, records: Sequence[TextRecord], positions: Sequence[int]) -> None:
+    def store(self, records: Sequence[TextRecord], positions: range) -> None:
         """Put rows into the table."""
         with writing(self.path, _FULL), self.table.transaction():
             ids, texts = [record.id for record in records], [record.text for record in records]
@@ -219,7 +227,9 @@ class _PartVectors:
         self.shape = (rows, parts.dim)
         self._parts = parts
 
-    def __getitem__(self, wanted: npt.NDArray[np.int64]) -> Matrix:
+    def __getitem__(self, wanted: slice | npt.NDArray[np.int64]) -> Matrix:
+        if isinstance(wanted, slice):
+            wanted = np.arange(*wanted.indices(self.shape[0]))
         found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
         numbers = wanted // self._parts.block_rows
         for number in np.unique(numbers).tolist():
@@ -252,7 +262,6 @@ def _encode(
     show: bool | None,
 ) -> None:
     """Make all parts that are not finished."""
-    swaps = held_out_swaps(total)
     source = iter(records)
     done = reused = 0
     with _progress(total, "Encoding", show) as progress:
@@ -260,9 +269,8 @@ def _encode(
             block = list(islice(source, min(parts.block_rows, total - done)))
             if len(block) < min(parts.block_rows, total - done):
                 break
-            positions = [swaps.get(row, row) for row in range(done, done + len(block))]
+            parts.store(block, range(done, done + len(block)))
             done += len(block)
-            parts.store(block, positions)
             if parts.finished(number, block):
                 reused += len(block)
             else:

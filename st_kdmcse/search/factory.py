@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,24 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from st_kdmcse.files import progress_bar
+from st_kdmcse.search.base import Matrix
 from st_kdmcse.search.faiss_library import faiss_reason, gpus, load_faiss
-from st_kdmcse.search.tuning import Tuning, Vectors, as_float, check_recall_target, row_blocks, searching, tune
+from st_kdmcse.search.tuning import (
+    Tuning,
+    Vectors,
+    as_float,
+    check_recall_target,
+    queries_given,
+    row_blocks,
+    rows_as_queries,
+    searching,
+    tune,
+)
 
 logger = logging.getLogger(__name__)
 
 EXACT_ROWS = 100_000
 """Below this every row is compared with the query."""
-_HELD_OUT = 500
 _TRAINED_PER_LIST = 64
 _TRAINED_AT_LEAST = 65_536
 
@@ -99,40 +109,45 @@ def is_exact(factory: str) -> bool:
     return factory == "Flat"
 
 
-def held_out_swaps(rows: int) -> dict[int, int]:
-    """Which rows change places so that the last ones, see :func:`held_out_count`, are drawn from all.
-
-    They are added last: until then an index can be measured with queries that it does not hold.
-    """
-    count = held_out_count(rows)
-    drawn = np.random.default_rng(0).choice(rows, count, replace=False) if count else np.zeros(0, dtype=np.int64)
-    first = np.setdiff1d(drawn, np.arange(rows - count, rows))
-    second = np.setdiff1d(np.arange(rows - count, rows), drawn)
-    pairs = [(int(here), int(there)) for here, there in zip(first, second, strict=True)]
-    return dict(pairs) | {there: here for here, there in pairs}
-
-
 class Reordered:
-    """Vectors in the order of :func:`held_out_swaps`, read as they are needed.
+    """Vectors of which some come last, read as they are needed.
 
     Args:
-        vectors: (n, dim), read by arrays of row numbers.
+        vectors: (n, dim), read by slices and arrays of row numbers.
+        last: rows that change places with those at the end.
+
+    Attributes:
+        swaps: the rows that change places, by where they were; its own inverse.
     """
 
-    def __init__(self, vectors: Vectors) -> None:
+    def __init__(self, vectors: Vectors, last: Sequence[int] | npt.NDArray[np.int64] = ()) -> None:
         self.shape = vectors.shape
-        self.order = np.arange(vectors.shape[0])
-        swaps = held_out_swaps(len(self.order))
-        self.order[list(swaps)] = list(swaps.values())
+        rows, ends = vectors.shape[0], np.arange(vectors.shape[0] - len(last), vectors.shape[0])
+        pairs = zip(np.setdiff1d(last, ends).tolist(), np.setdiff1d(ends, last).tolist(), strict=True)
+        self.swaps = {here: there for first, second in pairs for here, there in ((first, second), (second, first))}
+        self.order = np.arange(rows)
+        self.order[list(self.swaps)] = list(self.swaps.values())
         self._vectors = vectors
 
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
         return self._vectors[self.order[rows]]
 
 
-def held_out_count(rows: int) -> int:
-    """How many rows are queries while an index is tuned: 500, of few rows a tenth."""
-    return min(_HELD_OUT, rows // 10)
+@dataclass(frozen=True)
+class Built:
+    """An index of vectors.
+
+    Attributes:
+        index: of FAISS.
+        tuning: what was measured; None for an exact index or too few rows.
+        order: (n,) which of the vectors stands at each position; where two changed places, so it is its own inverse.
+        swaps: the same, of those that changed places alone.
+    """
+
+    index: Any
+    tuning: Tuning | None
+    order: npt.NDArray[np.int64]
+    swaps: Mapping[int, int]
 
 
 def build_faiss(
@@ -141,18 +156,19 @@ def build_faiss(
     recall_target: float = 0.95,
     memory_limit: int | None = None,
     show_progress_bar: bool | None = None,
-) -> tuple[Any, Tuning | None]:
+    tune_queries: Matrix | None = None,
+) -> Built:
     """Train, fill and tune an index.
 
+    Without queries, some rows are queries until the index is tuned; they, and their near-copies, are added after that.
+
     Args:
-        vectors: (n, dim) of length 1, in an order in which the last :func:`held_out_count` are drawn from all.
+        vectors: (n, dim) of length 1.
         factory: FAISS's name of the index type.
         recall_target: recall@10 to reach with as little search as possible, in (0, 1].
         memory_limit: bytes for the sample that the index is trained on.
         show_progress_bar: None shows one in a terminal, after two seconds.
-
-    Returns:
-        The index with the n vectors, and what was measured; None for an exact index or too few rows.
+        tune_queries: (q, dim) of length 1; None takes rows.
 
     Raises:
         ValueError: if there are too few rows to train such an index.
@@ -160,20 +176,28 @@ def build_faiss(
     check_recall_target(recall_target)
     rows, dim = vectors.shape
     index = new_index(dim, factory)
+    known = None
+    if rows and not is_exact(factory):
+        known = (
+            rows_as_queries(vectors, show_progress_bar)
+            if tune_queries is None
+            else queries_given(vectors, tune_queries, show_progress_bar)
+        )
+    ordered = Reordered(vectors, () if known is None else known.absent)
+    held_out = 0 if known is None else len(known.absent)
     if rows:
-        train(index, vectors, factory, memory_limit)
-    held_out = 0 if is_exact(factory) else held_out_count(rows)
+        train(index, ordered, factory, memory_limit)
+    measured = None
     with _progress(rows, "Filling the index", show_progress_bar) as progress:
         for block in row_blocks(0, rows - held_out):
-            index.add(as_float(vectors[block]))
+            index.add(as_float(ordered[block]))
             progress.update(block.stop - block.start)
-        measured = None
-        if held_out:
-            queries = as_float(vectors[rows - held_out : rows])
-            measured = tune(index, vectors, queries, rows - held_out, recall_target)
-            index.add(queries)
-            progress.update(held_out)
-    return index, measured
+        if known is not None:
+            measured = tune(index, ordered, known, recall_target)
+        for block in row_blocks(rows - held_out, rows):
+            index.add(as_float(ordered[block]))
+            progress.update(block.stop - block.start)
+    return Built(index, measured, ordered.order, ordered.swaps)
 
 
 def train(index: Any, vectors: Vectors, factory: str, memory_limit: int | None = None) -> None:

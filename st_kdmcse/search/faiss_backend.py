@@ -17,10 +17,9 @@ import numpy.typing as npt
 from st_kdmcse.search.base import Filter, Hit, Matrix, NewRows, unit_rows
 from st_kdmcse.search.factory import (
     EXACT_ROWS,
-    Reordered,
+    Built,
     build_faiss,
     choose_factory,
-    held_out_swaps,
     hurry_training,
     is_exact,
     new_index,
@@ -99,6 +98,7 @@ class FaissBackend:
         recall_target: float = 0.95,
         memory_limit: int | None = None,
         show_progress_bar: bool | None = None,
+        tune_queries: Matrix | None = None,
     ) -> FaissBackend:
         """An index of rows that are in memory.
 
@@ -109,14 +109,14 @@ class FaissBackend:
             recall_target: see :func:`~st_kdmcse.search.factory.build_faiss`.
             memory_limit: bytes for the vectors.
             show_progress_bar: None shows one in a terminal, after two seconds.
+            tune_queries: (q, dim) of length 1, which the index is tuned on; None takes some of the rows.
         """
         factory = chosen_factory(len(rows), rows.embeddings.shape[1], factory, memory_limit)
-        vectors = Reordered(rows.embeddings)
-        index, tuning = build_faiss(vectors, factory, recall_target, memory_limit, show_progress_bar)
+        built = build_faiss(rows.embeddings, factory, recall_target, memory_limit, show_progress_bar, tune_queries)
         table = RowTable.temporary()
         with table.transaction():
-            table.insert(vectors.order, rows.ids, rows.texts, rows.metadata)  # swaps are their own inverse
-        return cls(index, table, factory, tuning)
+            table.insert(built.order, rows.ids, rows.texts, rows.metadata)
+        return cls(built.index, table, factory, built.tuning)
 
     @property
     def dim(self) -> int:
@@ -216,7 +216,7 @@ class FaissBackend:
                 return True
             if not len(live):
                 self.index.reset()
-                self._take(self.index, self.tuning)
+                self._take(Built(self.index, self.tuning, live, {}))
                 return True
             logger.info("filling the index again without %s rows that are gone", f"{self.index.ntotal - len(live):,}")
             ivf = load_faiss().try_extract_index_ivf(self.index)
@@ -229,15 +229,11 @@ class FaissBackend:
             finally:
                 if ivf is not None:
                     ivf.make_direct_map(False)
-            index, tuning = self._built(Reordered(vectors))
-            self.table.renumber(live)
-            swaps = held_out_swaps(len(live))
-            moved = self.table.rows(swaps)
+            built = self._built(vectors)
             with self.table.transaction():
-                self.table.delete(key for key, _, _ in moved.values())
-                for position, (key, text, metadata) in moved.items():
-                    self.table.insert([swaps[position]], [key], [text], [metadata])
-            self._take(index, tuning)
+                self.table.renumber(live)
+                self.table.move(built.swaps)
+            self._take(built)
             return True
 
     def info(self) -> dict[str, Any]:
@@ -293,13 +289,12 @@ class FaissBackend:
 
     def _fill(self, rows: NewRows) -> None:
         """Store the only rows."""
-        vectors = Reordered(rows.embeddings)
         with self.table.transaction():
-            self.table.insert(vectors.order, rows.ids, rows.texts, rows.metadata)  # swaps are their own inverse
-            index, tuning = self._built(vectors)
-        self._take(index, tuning)
+            built = self._built(rows.embeddings)
+            self.table.insert(built.order, rows.ids, rows.texts, rows.metadata)
+        self._take(built)
 
-    def _built(self, vectors: Reordered) -> tuple[Any, Tuning | None]:
+    def _built(self, vectors: Matrix) -> Built:
         """An index of this type with these vectors, trained and tuned on them if they are enough."""
         try:
             return build_faiss(vectors, self.factory, self.tuning.target if self.tuning else _RECALL_TARGET)
@@ -309,17 +304,17 @@ class FaissBackend:
         logger.warning(
             "%s rows are too few to train the index %s, which goes by what it learned from others and may find too "
             "little: build it again when there are more",
-            *(f"{vectors.shape[0]:,}", self.factory),
+            *(f"{len(vectors):,}", self.factory),
         )
         index = load_faiss().clone_index(self.index)
         index.reset()
-        index.add(as_float(vectors[np.arange(vectors.shape[0])]))
-        return index, self.tuning
+        index.add(as_float(vectors))
+        return Built(index, self.tuning, np.arange(len(vectors)), {})
 
-    def _take(self, index: Any, tuning: Tuning | None) -> None:
+    def _take(self, built: Built) -> None:
         """Go on with an index of all rows."""
-        self.index, self.tuning = index, tuning
-        self._live = np.ones(int(index.ntotal), dtype=np.bool_)
+        self.index, self.tuning = built.index, built.tuning
+        self._live = np.ones(int(self.index.ntotal), dtype=np.bool_)
         self._filters.clear()
         self._on_gpu = (-1, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -96,14 +96,18 @@ def checked_filter(where: Mapping[str, Any]) -> Filter | None:
     return where or None
 
 
-def search_typed(index: SemanticIndex, queries: Sequence[str], k: int, where: Filter | None = None) -> list[list[Hit]]:
+def search_typed(
+    index: SemanticIndex, queries: Sequence[Any], k: int, where: Filter | None = None, images: bool = False
+) -> list[list[Hit]]:
     """Search with a filter that was typed, where a typing mistake must not look like a result.
 
     Args:
         index: to be searched.
-        queries: n queries.
+        queries: n queries: texts, or with ``images`` what
+            :meth:`~st_kdmcse.search.semantic_index.SemanticIndex.search_images` takes.
         k: results of each.
         where: of :func:`parse_filter`.
+        images: whether the queries are images.
 
     Returns:
         n lists of hits.
@@ -113,10 +117,11 @@ def search_typed(index: SemanticIndex, queries: Sequence[str], k: int, where: Fi
             what there is.
         ValueError: as :meth:`~st_kdmcse.search.semantic_index.SemanticIndex.search`.
     """
-    found = index.search(queries, k, where)
+    search = index.search_images if images else index.search
+    found = search(queries, k, where)
     if where and queries and not any(found) and len(index):
         for name in where:
-            _check_name(index, queries[0], name, where)
+            _check_name(search, queries[0], name, where)
     return found
 
 
@@ -138,11 +143,11 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _check_name(index: SemanticIndex, query: str, name: str, where: Filter) -> None:
+def _check_name(search: Callable[..., Any], query: Any, name: str, where: Filter) -> None:
     """Refuse a name that no row has, or values of another kind than all that rows have."""
-    there = [kind for kind, any_value in _ANY.items() if index.search(query, 1, {name: any_value})]
+    there = [kind for kind, any_value in _ANY.items() if search([query], 1, {name: any_value})[0]]
     if not there:
-        names = sorted({each for hit in index.search(query, _NAMES_OF) for each in hit.metadata})
+        names = sorted({each for hit in search([query], _NAMES_OF)[0] for each in hit.metadata})
         near = get_close_matches(name, names, 1)
         meant = f"did you mean {near[0]!r}? There are" if near else "there are"
         raise FilterError(

@@ -1,127 +1,144 @@
-"""Text-to-image search: sentences meet images in the space that the trained heads share."""
+"""Image search: images and queries, which are sentences or images, in the space of one model."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from st_kdmcse.data.images import ImageError
 from st_kdmcse.data.store import FeatureStore
-from st_kdmcse.losses.heads import load_head
-from st_kdmcse.search.base import NewRows
+from st_kdmcse.search.base import Metadata, NewRows
 from st_kdmcse.search.faiss_backend import FaissBackend
-from st_kdmcse.search.model_check import OWN_MODEL
+from st_kdmcse.search.model_check import load_named
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.storage import check_free
 from st_kdmcse.search.tuning import check_recall_target
-from st_kdmcse.training.retrieval import project_images
-from st_kdmcse.training.text_image import dense_layer
+from st_kdmcse.teachers import SentenceTransformerTeacher
+
+logger = logging.getLogger(__name__)
 
 IMAGE = "image"
 """Name of the metadata that has the file of an image."""
 
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+"""Ends of the names of image files."""
+
 
 def index_images(
-    store: FeatureStore,
-    model: SentenceTransformer,
-    heads: str | Path,
+    folder: str | Path,
+    model: SentenceTransformer | str,
     path: str | Path,
     *,
-    images: str | Path | None = None,
+    captions: Mapping[str, Sequence[str]] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
     factory: str | None = None,
     recall_target: float = 0.95,
     memory_limit: int | None = None,
     show_progress_bar: bool | None = None,
 ) -> SemanticIndex:
-    """Index the images of a feature store, to be found by sentences.
+    """Index the images of a folder, to be found by sentences and by images.
 
-    Queries go through the student and its grounding head, images through the teacher_image head (KDMCSE, Section 3.2):
-    the loss has brought them together there by their cosine. A row is an image: its id, its captions as the text, one a
-    line, and where ``images`` is given its file as metadata. The folder holds the encoder of the queries as well, see
-    :func:`text_to_image_encoder`.
+    A row is an image: the name of its file, from the folder on, as its id; its captions as the text, one a line, or the
+    name where it has none; the name again as metadata.
 
     Args:
-        store: features of the images, of the teacher that the heads were trained with.
-        model: the student that was trained with the heads.
-        heads: their folder, such as ``kdmcse-bert/heads``.
+        folder: of the images.
+        model: that encodes texts and images, such as what ``st-kdmcse export`` makes, or its hub name or folder.
         path: folder for the index; there must be none.
-        images: folder of the image files, whose names are the ids of the images.
+        captions: by name, which images to index; None takes all files below the folder whose name ends as those of
+            images do (:data:`SUFFIXES`), hidden ones aside.
+        on_error: "raise" refuses an image that cannot be decoded, "skip" leaves it out and logs which.
         factory: FAISS's name of an index type; None chooses one.
         recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
         memory_limit: bytes for the vectors.
         show_progress_bar: None shows one in a terminal, after two seconds.
 
     Raises:
-        FileNotFoundError: if there are no heads, or a file of an image is not in ``images``; says how many.
-        ValueError: if the heads do not fit the store or the model, or there is an index at ``path`` already.
+        FileNotFoundError: if there is no such folder, or files are missing; says how many.
+        ValueError: if the model encodes no images, an image cannot be decoded (names it), there is none, or there is an
+            index at ``path`` already; nothing is written then.
         ImportError: without FAISS; names the extra.
     """
-    path = Path(path)
+    path, folder = Path(path), Path(folder).resolve()
     check_free(path)
     check_recall_target(recall_target)
-    encoder = text_to_image_encoder(model, heads)
-    head = load_head(heads, "teacher_image")
-    if head.dense.in_features != store.dim:
+    names = _image_files(folder) if captions is None else list(captions)
+    if captions is not None:
+        _check_files(folder, names)
+    texts = [name if captions is None else "\n".join(captions[name]) or name for name in names]
+    metadata: list[Metadata] = [{IMAGE: name} for name in names]
+    NewRows.checked(
+        names, texts, np.ones((len(names), 1)), metadata
+    )  # what is wrong with names, before they are encoded
+    encoder, model_name = load_named(model)
+    if not encoder.supports("image"):
         raise ValueError(
-            f"the heads in {heads} take teacher features of width {head.dense.in_features}, those of {store.path} are "
-            f"of width {store.dim}: give the features that they were trained with"
+            f"the model {model_name} encodes no images: make one of sentences and images of its run with st-kdmcse "
+            "export, and give that"
         )
-    ids, captions = _images(store)
-    folder = None if images is None else Path(images).resolve()
-    if folder is not None:
-        _check_files(folder, ids)
-    embeddings = project_images(store, head, show_progress_bar)
-    rows = NewRows.checked(ids, captions, embeddings, [{} if folder is None else {IMAGE: each} for each in ids])
-    notes = {"folder": None if folder is None else str(folder), "store": store.checksum, "teacher": store.teacher}
-    backend = FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar)
-    index = SemanticIndex(backend, encoder, OWN_MODEL, notes)
+    embeddings = np.empty((len(names), encoder.get_embedding_dimension() or 0), dtype=np.float32)
+    kept = np.ones(len(names), dtype=bool)
+    teacher = SentenceTransformerTeacher(encoder, encoder.device, precision="float32")
+    for rows, found, errors in teacher.encode_readable([folder / name for name in names], show_progress_bar):
+        if errors and on_error == "raise":
+            error = next(iter(errors.values()))
+            raise ImageError(error.kind, f"{error}; skip leaves it out (`on_error`)")
+        embeddings[rows] = found
+        kept[list(errors)] = False
+        for each in errors.values():
+            logger.warning("left out: %s", each)
+    if not kept.any():
+        raise ValueError(f"none of the {len(names):,} images in {folder} can be decoded")
+    chosen = np.flatnonzero(kept).tolist()
+    new = NewRows.checked(
+        [names[row] for row in chosen],
+        [texts[row] for row in chosen],
+        embeddings[chosen],
+        [metadata[row] for row in chosen],
+    )
+    backend = FaissBackend.build(new, factory, recall_target, memory_limit, show_progress_bar)
+    index = SemanticIndex(backend, encoder, model_name, {"folder": str(folder)})
     index.save(path)
     return index
 
 
-def text_to_image_encoder(model: SentenceTransformer, heads: str | Path) -> SentenceTransformer:
-    """The student with its grounding head as a last module: sentences to the space of images.
+def captions_by_image(store: FeatureStore) -> dict[str, list[str]]:
+    """The captions of each image of a feature store, by its id.
 
     Args:
-        model: the student; it is not changed, and shares its parameters with the result.
-        heads: folder of the heads that were trained with it.
-
-    Returns:
-        A stock model, which can be saved and loaded as any other.
-
-    Raises:
-        FileNotFoundError: if there are no heads.
-        ValueError: if there is no grounding head, or it does not fit the model.
+        store: the store.
     """
-    head, dim = load_head(heads, "grounding"), int(model.get_embedding_dimension() or 0)
-    if head.dense.in_features != dim:
-        raise ValueError(
-            f"the grounding head in {heads} takes embeddings of width {head.dense.in_features}, the model's are of "
-            f"width {dim}: give the model that it was trained with"
-        )
-    encoder = SentenceTransformer(modules=[*model, dense_layer(head)], device=str(model.device), prompts=model.prompts)
-    encoder.eval()
-    return encoder
+    captions: dict[str, list[str]] = {}
+    for image, caption in store.captions():
+        captions.setdefault(image, []).append(caption)
+    return captions
 
 
-def _images(store: FeatureStore) -> tuple[list[str], list[str]]:
-    """Id and captions of each image row."""
-    ids = [""] * store.num_images
-    captions: list[list[str]] = [[] for _ in ids]
-    for image, (key, caption) in zip(store.image_rows.tolist(), store.captions(), strict=True):
-        ids[image] = key
-        captions[image].append(caption)
-    if bare := [row for row, key in enumerate(ids) if not key]:
-        raise ValueError(f"{store.path}: image row {bare[0]} has no caption, and so no id; extract the features again")
-    return ids, ["\n".join(each) for each in captions]
-
-
-def _check_files(folder: Path, ids: list[str]) -> None:
+def _image_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} of images")
-    missing = [each for each in ids if not (folder / each).is_file()]
+    below = (each.relative_to(folder) for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES)
+    names = sorted(
+        each.as_posix()
+        for each in below
+        if not any(part.startswith(".") for part in each.parts) and (folder / each).is_file()
+    )
+    if not names:
+        raise ValueError(f"{folder} holds no images: none of its files ends with {', '.join(sorted(SUFFIXES))}")
+    return names
+
+
+def _check_files(folder: Path, names: Sequence[str]) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} of images")
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(ids):,} images are not in {folder}, the first is {missing[0]}: name the folder "
-            "that the features were extracted from"
+            f"{len(missing):,} of {len(names):,} images are not in {folder}, the first is {missing[0]}: name the "
+            "folder that the captions belong to"
         )

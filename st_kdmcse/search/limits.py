@@ -6,10 +6,12 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 _MOST = {
     "query_characters": 5_000,
@@ -17,8 +19,10 @@ _MOST = {
     "requests_per_minute": 1_000_000,
     "waiting": 1_000,
     "queries": 1_000,
+    "image_bytes": 1 << 26,
 }
 _CLIENTS = 10_000
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -33,6 +37,7 @@ class Limits:
             one a result.
         waiting: searches that may wait for the one that runs; 0 to 1,000.
         queries: of one request, which may not be more than those of a minute; 1 to 1,000.
+        image_bytes: of an image that is searched by; 1 to 64 MiB.
 
     Raises:
         ValueError: if one is out of its range; names it.
@@ -43,6 +48,7 @@ class Limits:
     requests_per_minute: int = 120
     waiting: int = 16
     queries: int = 64
+    image_bytes: int = 10 << 20
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -103,3 +109,62 @@ class Turns:
         future = self._thread.submit(call)
         future.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(future)
+
+
+class SharedTurns:
+    """Turns in which questions that wait, and can be answered at once, are answered at once.
+
+    Args:
+        waiting: questions that may wait.
+        most: of the items of one turn.
+    """
+
+    def __init__(self, waiting: int, most: int) -> None:
+        self._turns = Turns(waiting)
+        self._most = most
+        self._asked: list[_Asked[Any, Any]] = []
+        self._lock = threading.Lock()
+
+    async def take(
+        self, answer: Callable[[list[_Item]], list[_Result]], items: Sequence[_Item], kind: Hashable
+    ) -> list[_Result]:
+        """What belongs to each of some items, after their turn has come.
+
+        Args:
+            answer: gives what belongs to each item.
+            items: n items.
+            kind: of the question; the items of questions of one kind may be given to the ``answer`` of any of them.
+
+        Raises:
+            BusyError: if all places are taken.
+        """
+        mine = _Asked[_Item, _Result](items, kind)
+        with self._lock:
+            self._asked.append(mine)
+        try:
+            return await self._turns.take(lambda: self._turn(answer, mine))
+        finally:
+            with self._lock, suppress(ValueError):
+                self._asked.remove(mine)
+
+    def _turn(self, answer: Callable[[list[_Item]], list[_Result]], mine: _Asked[_Item, _Result]) -> list[_Result]:
+        if mine.answer is None:
+            together, count = [mine], len(mine.items)
+            with self._lock:
+                for each in self._asked:
+                    if each is not mine and each.kind == mine.kind and count + len(each.items) <= self._most:
+                        together.append(each)
+                        count += len(each.items)
+                self._asked = [each for each in self._asked if each not in together]
+            results = iter(answer([item for each in together for item in each.items]))
+            for each in together:
+                each.answer = list(islice(results, len(each.items)))
+        assert mine.answer is not None
+        return mine.answer
+
+
+@dataclass(eq=False)
+class _Asked(Generic[_Item, _Result]):
+    items: Sequence[_Item]
+    kind: Hashable
+    answer: list[_Result] | None = None

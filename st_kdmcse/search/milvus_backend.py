@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from st_kdmcse.search.address import MilvusOptions
 from st_kdmcse.search.base import MAX_ID_LENGTH, Filter, Hit, Matrix, Metadata, NewRows, conditions
 
 MAX_TEXT_BYTES = 65_535
@@ -32,6 +33,7 @@ _UNFLUSHED_ROWS = 500  # milvus-lite takes 0.1 ms a search for each of them, and
 _STRONG = {"consistency_level": "Strong"}  # what was added is found
 _NOTHING = 'id == ""'  # no row has an empty id
 _OPERATORS = {"eq": "==", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+_DEFAULTS = MilvusOptions()
 _SMALLEST = {"text": '""', "number": "-1.7976931348623157e+308"}
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
@@ -40,7 +42,7 @@ class MilvusBackend:
     """A collection of Milvus as a :class:`~st_kdmcse.search.base.SearchBackend`.
 
     Everything that is added is in the collection when the call returns, and is found from then on: there is nothing to
-    save. milvus-lite compares with every row (FLAT), a server chooses its index (AUTOINDEX).
+    save. milvus-lite compares with every row (FLAT), a server chooses its index (AUTOINDEX) unless told.
 
     A collection has the fields ``id``, ``embedding``, ``text`` and ``metadata``. Metadata are grouped by type,
     ``{"text": {"lang": "en"}, "number": {"year": 1999}, "truth": {"seen": true}, "none": ["source"]}``, so that
@@ -53,16 +55,25 @@ class MilvusBackend:
         dim: width of the embeddings, needed to make a collection.
         create: make the collection, and the folders of the file, if there is none yet.
         token: of a server: a key, or "user:password".
+        options: of a server: index, parameters and consistency.
 
     Raises:
         ImportError: without pymilvus; names the extra.
         FileNotFoundError: if there is no such collection and ``create`` is False.
-        ValueError: for an unusable name, a collection of other fields or another width, or no ``dim`` to create with.
+        ValueError: for an unusable name, a collection of other fields, another width or another index, or no ``dim`` to
+            create with.
         OSError: if the server cannot be reached, or the file is locked by another process.
     """
 
     def __init__(
-        self, uri: str, collection: str, *, dim: int | None = None, create: bool = False, token: str | None = None
+        self,
+        uri: str,
+        collection: str,
+        *,
+        dim: int | None = None,
+        create: bool = False,
+        token: str | None = None,
+        options: MilvusOptions = _DEFAULTS,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,254}", collection):
             raise ValueError(
@@ -70,6 +81,7 @@ class MilvusBackend:
             )
         self._uri = uri
         self._collection = collection
+        self._options = options
         self._file = None if "://" in uri else Path(uri)
         self._client = self._connect(create, token)
         with self._errors():
@@ -79,6 +91,7 @@ class MilvusBackend:
                 if dim is None or dim < 1:
                     raise ValueError(f"a collection needs the width of its embeddings to be made, got dim={dim}")
                 self._create(dim)
+            self._check_index()
             self._client.load_collection(collection)
             self._dim = self._read_dim()
             self._unflushed = 0
@@ -116,6 +129,8 @@ class MilvusBackend:
 
     def add(self, rows: NewRows) -> None:
         """Store new rows; all or none: after an error, or Ctrl-C, those that were stored already are removed again.
+
+        A server that goes down during the call may have some of them; what was added before is not lost.
 
         Args:
             rows: n rows of this width.
@@ -207,16 +222,24 @@ class MilvusBackend:
                     limit=k,
                     filter=allowed,
                     output_fields=["text", "metadata"],
-                    search_params={"metric_type": "COSINE"},
-                    **_STRONG,
+                    search_params={"metric_type": "COSINE", "params": dict(self._options.search_parameters)},
+                    consistency_level=self._options.consistency,
                 )
             hits += [[_hit(row) for row in rows] for rows in found]
         return hits
 
     def info(self) -> dict[str, Any]:
-        """What it is: engine, uri, collection, index, rows, dim, and bytes on disk (None of a server)."""
+        """What it is: engine, uri, collection, index, rows, dim, bytes on disk (None of a server).
+
+        Of a server also the parameters of index and search, and the consistency of searches.
+        """
         with self._errors():
             index = self._client.describe_index(self._collection, "embedding")
+        options = {
+            "index_parameters": {name: index[name] for name, _ in self._options.index_parameters if name in index},
+            "search_parameters": dict(self._options.search_parameters),
+            "consistency": self._options.consistency,
+        }
         return {
             "engine": "milvus" if self._file is None else "milvus-lite",
             "uri": self._uri,
@@ -225,6 +248,7 @@ class MilvusBackend:
             "rows": len(self),
             "dim": self.dim,
             "bytes": None if self._file is None else _bytes_below(self._file),
+            **(options if self._file is None else {}),
         }
 
     def close(self) -> None:
@@ -247,6 +271,7 @@ class MilvusBackend:
 
     def _create(self, dim: int) -> None:
         from pymilvus import DataType
+        from pymilvus.exceptions import MilvusException
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=4 * MAX_ID_LENGTH)  # bytes of UTF-8
@@ -254,8 +279,30 @@ class MilvusBackend:
         schema.add_field("text", DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field("metadata", DataType.JSON)
         index = self._client.prepare_index_params()
-        index.add_index("embedding", index_type="AUTOINDEX" if self._file is None else "FLAT", metric_type="COSINE")
-        self._client.create_collection(self._collection, schema=schema, index_params=index, **_STRONG)
+        chosen, parameters = "FLAT", {}
+        if self._file is None:
+            chosen, parameters = self._options.index, dict(self._options.index_parameters)
+        index.add_index("embedding", index_type=chosen, metric_type="COSINE", params=parameters)
+        try:
+            self._client.create_collection(self._collection, schema=schema, index_params=index, **_STRONG)
+        except BaseException:  # such as parameters that the index does not have
+            with suppress(MilvusException):
+                self._client.drop_collection(self._collection)
+            raise
+
+    def _check_index(self) -> None:
+        """Refuse a collection that has another index than the one asked for."""
+        if self._options.index == _DEFAULTS.index and not self._options.index_parameters:
+            return
+        index = self._client.describe_index(self._collection, "embedding")
+        there = {"index": index["index_type"], **{name: index.get(name) for name, _ in self._options.index_parameters}}
+        wanted = {"index": self._options.index, **dict(self._options.index_parameters)}
+        for name, value in wanted.items():
+            if str(there[name]) != str(value):
+                raise ValueError(
+                    f"collection {self._collection} in {self._uri} has {name}={there[name]}, not {value}: an index is "
+                    "chosen when its collection is made; copy it into another one with st-kdmcse index copy"
+                )
 
     def _read_dim(self) -> int:
         fields = {field["name"]: field for field in self._client.describe_collection(self._collection)["fields"]}

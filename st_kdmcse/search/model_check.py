@@ -11,13 +11,9 @@ from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.encoding import encode_documents, load_model
 from st_kdmcse.provenance import model_identity
-from st_kdmcse.search.storage import ENCODER
 
 PROBE = "A dog runs across a field of grass."
 """A sentence whose embedding is kept with an index, to recognise its model."""
-
-OWN_MODEL = f"./{ENCODER}"
-"""Name of a model that is saved in the folder of its index."""
 
 _PROBE_COSINE = 0.999  # of one model on two machines, or in batches of different padding
 
@@ -84,12 +80,12 @@ def same_model(header: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def load_expected(header: Mapping[str, Any], place: str) -> tuple[SentenceTransformer, str | None]:
-    """The model that an index was made with, from where it was then or, with :data:`OWN_MODEL`, from its folder."""
+    """The model that an index was made with, from where it was then."""
     name = header["model"]["name"]
     if not name:
         raise ValueError(f"the index {place} does not know the name of its model: give the model as `model`")
     try:
-        return load_named(str(Path(place, ENCODER)) if name == OWN_MODEL else name)
+        return load_named(name)
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(

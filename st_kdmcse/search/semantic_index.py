@@ -6,7 +6,6 @@ One module, because it is one class: the interface of all of search, most of it 
 from __future__ import annotations
 
 import copy
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,24 +17,15 @@ from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.data.characters import check_unicode
 from st_kdmcse.encoding import encode_documents, encode_queries, encoding_precision
-from st_kdmcse.files import write_folder
 from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
-from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend
+from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend, unit_rows
 from st_kdmcse.search.faiss_backend import FaissBackend, try_factory
-from st_kdmcse.search.model_check import OWN_MODEL, check_model, load_expected, load_named, model_header, same_model
-from st_kdmcse.search.storage import (
-    ENCODER,
-    check_encoder,
-    check_free,
-    folder_checksums,
-    is_index,
-    read_index,
-    read_manifest,
-    write_index,
-    writing,
-)
+from st_kdmcse.search.model_check import check_model, load_expected, load_named, model_header, same_model
+from st_kdmcse.search.storage import check_free, is_index, read_index, read_manifest, write_index
 from st_kdmcse.search.tuning import check_recall_target
+from st_kdmcse.teachers import SentenceTransformerTeacher
+from st_kdmcse.teachers.base import TeacherImage
 
 if TYPE_CHECKING:
     from st_kdmcse.search.milvus_backend import MilvusBackend
@@ -67,7 +57,6 @@ class SemanticIndex:
                            probe sentence; dim and rows; index type, how it was tuned and the recall measured; bytes
                            and SHA-256 of each file; versions, date, and a checksum of all that
     ``data-*/``            ``vectors.faiss``, and ``rows.sqlite`` with ids, texts and metadata
-    ``encoder/``           the model, in an index that has its own, such as one of images
     ``lock``               held by a process that writes
     ====================== ==========================================================================================
 
@@ -132,6 +121,7 @@ class SemanticIndex:
         path: str | Path | None = None,
         show_progress_bar: bool | None = None,
         precision: Precision = "auto",
+        tune_queries: Sequence[str] | None = None,
     ) -> SemanticIndex:
         """Encode texts and index them with FAISS, in memory.
 
@@ -142,11 +132,14 @@ class SemanticIndex:
             metadata: n mappings of plain values.
             factory: FAISS's name of an index type; None chooses by rows, dim and memory and logs which: exact search
                 below 100,000 rows, above lists of near vectors, compressed where vectors do not fit.
-            recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
+            recall_target: recall@10 that an approximate index is tuned to reach on new queries, with 99.5 % confidence;
+                in (0, 1].
             memory_limit: bytes for the vectors.
             path: folder to save to; None saves nothing.
             show_progress_bar: None shows bars in a terminal, once something has taken two seconds.
             precision: that texts, and then queries, are encoded in; "auto" is bfloat16 for texts where that is faster.
+            tune_queries: queries such as users ask, which an approximate index is tuned on. None takes up to 2,000 of
+                the texts, which are added to the index after that.
 
         Raises:
             ValueError: for empty texts, ids that are there twice, lengths that differ, an index at ``path`` already, or
@@ -154,6 +147,7 @@ class SemanticIndex:
             ImportError: without FAISS; names the extra.
         """
         check_recall_target(recall_target)
+        check_tune_queries(tune_queries)
         model, name = load_named(model)
         texts = checked_texts(texts)
         if path is not None:
@@ -170,6 +164,7 @@ class SemanticIndex:
             memory_limit,
             show_progress_bar,
             computed,
+            encoded_queries(model, tune_queries),
         )
         index.precision = precision
         if path is not None:
@@ -290,8 +285,7 @@ class SemanticIndex:
         Raises:
             ValueError: for an empty query, k below 1, or a filter that is not one.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k is {k!r}, expected an integer of at least 1")
+        _check_k(k)
         single = isinstance(queries, str)
         wanted = [queries] if isinstance(queries, str) else list(queries)
         if not wanted:
@@ -302,6 +296,32 @@ class SemanticIndex:
         precision: Precision = "float32" if self.precision == "auto" else self.precision
         found = self.backend.search(encode_queries(self.model, wanted, precision), k, where)
         return found[0] if single else found
+
+    def search_images(
+        self, images: Sequence[TeacherImage], k: int = 10, where: Filter | None = None
+    ) -> list[list[Hit]]:
+        """The rows that are nearest to images, best first, whether they are texts or images.
+
+        Args:
+            images: PIL images, files, or encoded bytes.
+            k: how many rows of each; all where there are fewer.
+            where: which rows may be found.
+
+        Raises:
+            ValueError: if the model encodes no images, an image cannot be decoded (names it), or as :meth:`search`.
+        """
+        _check_k(k)
+        if not self.takes_images:
+            raise ValueError("the model of this index encodes no images, so nothing can be found by one")
+        if not images:
+            return []
+        encoder = SentenceTransformerTeacher(self.model, self.model.device, precision="float32")
+        return self.backend.search(unit_rows(encoder.encode_images(images, show_progress_bar=False)), k, where)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether rows can be found by images: the model encodes them too."""
+        return bool(self.model.supports("image"))
 
     def add(
         self,
@@ -400,17 +420,7 @@ class SemanticIndex:
         if target is None:
             raise ValueError("the index was never saved: give the folder to save it to")
         same = self._path is not None and target.resolve() == self._path.resolve()
-        if self._header["model"]["name"] == OWN_MODEL and not same:
-            check_free(target)
-            with writing(target, "free space there, and save again"):
-                write_folder(target / ENCODER, lambda folder: self.model.save_pretrained(str(folder)))
-            self._header["encoder"] = folder_checksums(target / ENCODER)
-        try:
-            self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
-        except BaseException:
-            if not is_index(target):
-                shutil.rmtree(target / ENCODER, ignore_errors=True)
-            raise
+        self._saved = write_index(target, self.backend, self._header, self._saved if same else None)
         self._path = target
         return target
 
@@ -460,8 +470,8 @@ class SemanticIndex:
     def _check_rows_are_texts(self) -> None:
         if "images" in self._header:
             raise ValueError(
-                "this is an index of images, which texts cannot be put into: extract features of the new images, and "
-                "index the feature store again"
+                "this is an index of images, which texts cannot be put into: put new images into their folder, and "
+                "index that again"
             )
 
     @classmethod
@@ -475,13 +485,14 @@ class SemanticIndex:
         memory_limit: int | None,
         show_progress_bar: bool | None,
         embedded_in: str | None = None,
+        tune_queries: npt.NDArray[np.float32] | None = None,
     ) -> SemanticIndex:
         if len(rows) and rows.embeddings.shape[1] != model.get_embedding_dimension():
             raise ValueError(
                 f"embeddings of width {rows.embeddings.shape[1]}, but the model's are of width "
                 f"{model.get_embedding_dimension()}: give the model that made them"
             )
-        backend = FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar)
+        backend = FaissBackend.build(rows, factory, recall_target, memory_limit, show_progress_bar, tune_queries)
         return cls(backend, model, name, embedded_in=embedded_in)
 
     @classmethod
@@ -495,13 +506,9 @@ class SemanticIndex:
     ) -> SemanticIndex:
         """An index whose header says what model it belongs to."""
         found_model = model is None
-        if found_model and path is not None and header["model"]["name"] == OWN_MODEL:
-            check_encoder(path, header)
         model, name = load_expected(header, place) if model is None else load_named(model)
         check_model(model, header, place)
         index = cls(backend, model, header["model"]["name"] or name, header.get("images"), header.get("precision"))
-        if "encoder" in header:
-            index._header["encoder"] = header["encoder"]
         index._found_model = found_model
         if path is not None:
             index._path, index._saved = path, header["checksum"]
@@ -522,6 +529,11 @@ class SemanticIndex:
         return index
 
 
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k is {k!r}, expected an integer of at least 1")
+
+
 def checked_texts(texts: Iterable[str]) -> list[str]:
     """Texts as a list.
 
@@ -536,6 +548,21 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
             raise ValueError(f"row {row}: the text is {text!r}, expected one that is not empty")
         check_unicode(text, f"row {row}: the text")
     return listed
+
+
+def check_tune_queries(queries: Sequence[str] | None) -> None:
+    """Raise a ValueError if there are no queries to tune on, or one is not a text."""
+    if queries is None:
+        return
+    if isinstance(queries, str) or not queries:
+        raise ValueError(f"`tune_queries` are {queries!r}: give a list of queries, some hundred or more")
+    for row, query in enumerate(queries):
+        check_unicode(query, f"`tune_queries`, row {row}")
+
+
+def encoded_queries(model: SentenceTransformer, queries: Sequence[str] | None) -> npt.NDArray[np.float32] | None:
+    """Embeddings of the distinct queries to tune on."""
+    return None if queries is None else encode_queries(model, list(dict.fromkeys(queries)))
 
 
 def _texts_rows(

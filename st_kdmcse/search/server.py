@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import ipaddress
+import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from st_kdmcse._version import __version__
-from st_kdmcse.data.images import ImageError
+from st_kdmcse.data.images import ImageError, load_image
 from st_kdmcse.search.base import Filter, Hit
 from st_kdmcse.search.filters import FilterError, search_typed
-from st_kdmcse.search.limits import BusyError, Limits, RateLimit, Turns
+from st_kdmcse.search.headers import docs_policy, page_headers
+from st_kdmcse.search.limits import BusyError, Limits, RateLimit, SharedTurns, Turns
 from st_kdmcse.search.semantic_index import SemanticIndex
 from st_kdmcse.search.thumbnails import Gallery, find_gallery, thumbnail_of
 
@@ -43,6 +43,8 @@ _REQUEST_SECONDS = 10
 _ANSWER_SECONDS = 60
 _LAST_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
+_QUERY_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_QUERY_PIXELS = 50_000_000
 
 
 def create_app(
@@ -63,13 +65,17 @@ def create_app(
     - ``POST /api/search`` with ``{"queries": ["a dog", "snow"], "k": 10, "filter": {"year": {"gte": 2000}}}``: the
       results of several queries, which are encoded together; ``filter`` may also be a list of what GET takes;
     - ``GET /api/items/ID``: ``id``, ``text``, ``metadata`` and ``thumbnail`` of a row;
+    - ``POST /api/search/image?k=10&filter=year>=2000``: the same for an image (JPEG, PNG, WebP, GIF or BMP, at most 50
+      million pixels), which is the body, with its media type as Content-Type; where the model of the index encodes
+      images;
     - ``GET /api/info``: rows, model, engine, index type, limits, and whether there are images;
     - ``GET /thumbnail?id=ID``: a JPEG of the image of a row.
 
     A search gives ``query``, ``k``, ``seconds`` and ``results``, of which each has ``rank``, ``score`` (cosine),
     ``id``, ``text``, ``metadata`` and ``thumbnail`` (a URL or null). For several queries, ``queries`` and ``results``
     are lists with an entry for each. Errors are ``{"error": "..."}`` with a status of
-    4xx, or 503 when too many searches wait; searches take turns. Queries are not logged.
+    4xx, or 503 when too many searches wait. Searches take turns; those that wait, with one k and filter, are encoded
+    and searched together. Queries are not logged.
 
     When another process saves or replaces the index, it is loaded in the background, after the next request, with
     another model if it was made with one; the old one answers until then, and memory holds both for that time. Where it
@@ -99,12 +105,12 @@ def create_app(
     except ImportError as error:
         raise ImportError(_NEEDED) from error
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    headers = _headers(page)
+    headers = page_headers(page)
     gallery_of = lru_cache(maxsize=1)(lambda index: find_gallery(index, images, image_column))
     described = lru_cache(maxsize=1)(lambda index: _description(index, limits, gallery_of(index)))
     gallery_of(index)
     current = _Current(index)
-    search_turns = Turns(limits.waiting)
+    search_turns = SharedTurns(limits.waiting, limits.queries)
     other_turns = Turns((limits.waiting + 1) * limits.results)
     search_rate = RateLimit(limits.requests_per_minute)
     other_rate = RateLimit(limits.requests_per_minute * limits.results)
@@ -130,9 +136,12 @@ def create_app(
 
     async def find(queries: Sequence[str], k: int, where: Filter | None) -> tuple[float, list[list[Hit]]]:
         try:
-            return await search_turns.take(lambda: _timed_search(current.get(), queries, k, where))
+            found = await search_turns.take(
+                lambda queries: _timed_search(current.get(), queries, k, where), queries, json.dumps([k, where])
+            )
         except FilterError as error:
             raise HTTPException(422, str(error)) from error
+        return found[0][0], [hits for _, hits in found]
 
     async def get_row(row: str) -> Hit:
         (hit,) = await other_turns.take(lambda: current.get().get([row]))
@@ -161,9 +170,23 @@ def create_app(
         results = api.ranked(hits, shown)
         return JSONResponse({"query": q, "k": k, "seconds": round(seconds, 4), "results": results})
 
-    app.include_router(api.router(find, get_row, shown, search_rate, limits, _REQUEST_SECONDS))
+    async def find_near(image: bytes, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
+        now = current.get()
+        if not now.takes_images:
+            raise HTTPException(422, "the model of this index encodes no images, so nothing can be found by one")
+        try:
+            (found,) = await search_turns.take(
+                lambda images: [_timed_image_search(now, each, k, where) for each in images],
+                [image],
+                object(),  # in a turn of its own: an image that cannot be decoded is nobody else's error
+            )
+        except (ImageError, FilterError) as error:
+            raise HTTPException(422, str(error)) from error
+        return found
+
+    app.include_router(api.router(find, find_near, get_row, shown, search_rate, limits, _REQUEST_SECONDS))
     if docs:
-        api.add_docs(app, _docs_policy)
+        api.add_docs(app, docs_policy)
 
     @get("/thumbnail", summary="Show the image of a row", response_class=Response)
     async def thumbnail(row: str = Query("", alias="id"), if_none_match: str = Header("")) -> Any:
@@ -351,10 +374,18 @@ def _protocol() -> type:
 
 
 def _timed_search(
-    index: SemanticIndex, queries: Sequence[str], k: int, where: Filter | None
-) -> tuple[float, list[list[Hit]]]:
+    index: SemanticIndex, queries: list[str], k: int, where: Filter | None
+) -> list[tuple[float, list[Hit]]]:
     start = time.perf_counter()
-    hits = search_typed(index, queries, k, where)
+    found = search_typed(index, queries, k, where)
+    seconds = time.perf_counter() - start
+    return [(seconds, hits) for hits in found]
+
+
+def _timed_image_search(index: SemanticIndex, content: bytes, k: int, where: Filter | None) -> tuple[float, list[Hit]]:
+    start = time.perf_counter()
+    image = load_image(content, _QUERY_FORMATS, _QUERY_PIXELS)
+    (hits,) = search_typed(index, [image], k, where, images=True)
     return time.perf_counter() - start, hits
 
 
@@ -367,40 +398,5 @@ def _description(index: SemanticIndex, limits: Limits, gallery: Gallery | None) 
         "index": known.get("factory", known.get("index")),
         "limits": asdict(limits),
         "images": gallery is not None,
+        "image_queries": index.takes_images,
     }
-
-
-def _headers(page: str) -> dict[str, str]:
-    """Headers of all answers: the page runs its own script and style, and loads from here alone."""
-    return {
-        "Content-Security-Policy": _policy(_source(page, "script"), _source(page, "style")),
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-    }
-
-
-def _docs_policy(page: str) -> str:
-    """That of the page at /docs, whose library writes styles into it."""
-    return _policy(f"'self' {_source(page, 'script')}", "'self' 'unsafe-inline'")
-
-
-def _policy(script: str, style: str) -> str:
-    policy = {
-        "default-src": "'none'",
-        "script-src": script,
-        "style-src": style,
-        "img-src": "'self' data:",
-        "connect-src": "'self'",
-        "base-uri": "'none'",
-        "form-action": "'self'",
-        "frame-ancestors": "'none'",
-    }
-    return "; ".join(f"{name} {value}" for name, value in policy.items())
-
-
-def _source(page: str, tag: str) -> str:
-    """The hash by which a policy allows what is written in the page."""
-    written = "".join(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
-    return f"'sha256-{base64.b64encode(hashlib.sha256(written.encode()).digest()).decode()}'"

@@ -26,12 +26,10 @@ FORMAT = "st_kdmcse.semantic_index"
 VERSION = 1
 MANIFEST = "manifest.json"
 VECTORS, TABLE = "vectors.faiss", "rows.sqlite"
-ENCODER = "encoder"
-"""Folder of the model of an index that has its own, see :func:`~st_kdmcse.search.images.index_images`."""
 
 _FOLDER = "data-"
 _DATA = re.compile(rf"{_FOLDER}[0-9a-f]+")
-_UNFINISHED = re.compile(rf"\.({re.escape(MANIFEST)}|{ENCODER})\.[0-9a-f]+\.tmp")
+_UNFINISHED = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]+\.tmp")
 """Names of what :func:`~st_kdmcse.files.atomic_path` was writing at a kill."""
 
 _REMEDY = "build the index again, or restore a copy"
@@ -48,6 +46,14 @@ _SHAPE: dict[str, Any] = {
     "files": {VECTORS: _FILE, TABLE: _FILE},
 }
 """What a manifest must hold, with types."""
+_NOTED_LATER: dict[str, Any] = {
+    "rows": int | None,
+    "low": int | float | None,
+    "high": int | float | None,
+    "source": str | None,
+    "near_copies": int | None,
+}
+"""Of the tuning, what the first indexes do not tell."""
 _OPTIONAL: dict[str, Any] = {
     "tuning": {
         "parameter": str | None,
@@ -56,10 +62,9 @@ _OPTIONAL: dict[str, Any] = {
         "target": int | float,
         "queries": int,
         "queries_per_second": int | float,
-        "rows": int | None,
+        **_NOTED_LATER,
     },
     "images": {"folder": str | None},
-    "encoder": {},
 }
 
 
@@ -178,8 +183,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     manifest = files.read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)
     if isinstance(manifest.get("tuning"), dict):
-        manifest["tuning"].setdefault("rows", None)  # was not noted at first
+        manifest["tuning"] = dict.fromkeys(_NOTED_LATER) | manifest["tuning"]
     optional = {name: shape for name, shape in _OPTIONAL.items() if manifest.get(name) is not None}
+    if manifest.get("encoder") is not None:
+        raise ValueError(
+            f"the index {path} was made by an earlier version, which kept an encoder of its own in it: export a model "
+            "of sentences and images with st-kdmcse export, and index the images with it"
+        )
     found = _misfit(manifest, _SHAPE | optional, "")
     if found is None and not _DATA.fullmatch(manifest["folder"]):
         found = f"folder is {reprlib.repr(manifest['folder'])}"
@@ -238,27 +248,6 @@ def _read(path: Path, manifest: Mapping[str, Any], show_progress_bar: bool | Non
     return FaissBackend(index, table, manifest["factory"], measured)
 
 
-def folder_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder, by its name from there."""
-    return {each.relative_to(folder).as_posix(): sha256_file(each) for each in folder.rglob("*") if each.is_file()}
-
-
-def check_encoder(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the model in the folder of an index with its checksums.
-
-    Raises:
-        ValueError: if a file of it is missing, altered or new; names it.
-    """
-    expected = manifest.get("encoder")
-    if expected is None:  # written before they were noted
-        return
-    found = folder_checksums(path / ENCODER)
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            what = "is missing" if name not in found else "was altered or is damaged"
-            raise ValueError(f"{path / ENCODER / name} {what}: {_REMEDY}")
-
-
 def _read_vectors(file: Path) -> Any:
     try:
         return load_faiss().read_index(str(file))
@@ -283,7 +272,7 @@ def _misfit(content: Any, shape: Any, name: str) -> str | None:
 
 def _ours(path: Path) -> bool:
     return (
-        path.name in (ENCODER, LOCK, MANIFEST)
+        path.name in (LOCK, MANIFEST)
         or _UNFINISHED.fullmatch(path.name) is not None
         or (path.name.startswith(_FOLDER) and path.is_dir())
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,22 @@ class RowTable:
         self._count -= cursor.rowcount
 
     def renumber(self, positions: Positions) -> None:
-        """Give the rows, in the order of these positions (all of them, ascending), the positions 0, 1, 2, ..."""
+        """Give the rows, in the order of these positions (all of them, ascending), the positions 0, 1, 2, ...
+
+        Inside of a :meth:`transaction`.
+        """
         moves = ((new, int(old)) for new, old in enumerate(positions) if new != old)
-        with self.transaction() as database:
-            database.executemany('UPDATE "rows" SET position = ? WHERE position = ?', moves)
+        self._database.executemany('UPDATE "rows" SET position = ? WHERE position = ?', moves)
+
+    def move(self, positions: Mapping[int, int]) -> None:
+        """Have rows change places, inside of a :meth:`transaction`.
+
+        Args:
+            positions: new positions by old ones; the same ones, in another order.
+        """
+        away = (({"old": old, "new": -1 - new}) for old, new in positions.items())
+        self._database.executemany('UPDATE "rows" SET position = :new WHERE position = :old', away)
+        self._database.execute('UPDATE "rows" SET position = -1 - position WHERE position < 0')
 
     def known(self, ids: Iterable[str]) -> dict[str, int]:
         """Positions of those ids that are there."""

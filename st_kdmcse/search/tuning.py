@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from st_kdmcse.files import progress_bar
 from st_kdmcse.search.base import Matrix
 from st_kdmcse.search.faiss_library import load_faiss
 
@@ -22,6 +23,13 @@ RECALL_AT = 10
 _BLOCK = 16_384
 
 _PLATEAU = 0.002
+_ROUNDING = 1e-5
+_QUANTILE = 2.576
+"""Of the normal distribution: half a percent lies above."""
+_MOST_QUERIES = 2_000
+_NEIGHBOURS, _REFERENCE = 100, 30
+_MOST_CANDIDATES = 64
+_QUERIES_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,13 @@ class Tuning:
         value: of the parameter.
         recall: recall@10 against exact search, in [0, 1]; a found row counts if no other of the ten nearest is nearer.
         target: recall that was wanted.
-        queries: rows that the index did not hold, which were searched for.
+        queries: how many were searched for, none of them in the index.
         queries_per_second: of the index alone, searching for all of them at once.
         rows: how many the index had; None where that was not noted.
+        low: lower end of the 99 % confidence interval of the recall on queries like these; None where not noted.
+        high: its upper end.
+        source: what the queries were, "rows" that were left out of the index until then, or "queries" of the user's.
+        near_copies: rows that were left out with them, because they nearly equal one.
     """
 
     parameter: str | None
@@ -45,54 +57,228 @@ class Tuning:
     queries: int
     queries_per_second: float
     rows: int | None = None
+    low: float | None = None
+    high: float | None = None
+    source: str | None = None
+    near_copies: int | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the interval lies above the target."""
+        return self.low is not None and self.low >= self.target
+
+    def __str__(self) -> str:
+        """What was measured, in a line."""
+        interval = "" if self.low is None else f" ({self.low:.3f} to {self.high:.3f} with 99 % confidence)"
+        kind = "rows left out" if self.source == "rows" else "queries"
+        setting = "" if self.parameter is None else f" with {self.parameter} {self.value}"
+        met = "" if self.low is None else ": met" if self.met else ": NOT met"
+        return f"{self.recall:.3f}{interval} on {self.queries:,} {kind}{setting}; target {self.target:g}{met}"
 
 
-def tune(index: Any, vectors: Vectors, queries: Matrix, rows: int, target: float) -> Tuning:
-    """Set ``nprobe`` or ``efSearch`` to the least with which an index reaches a recall.
+@dataclass(frozen=True)
+class TuningQueries:
+    """Queries that an index is tuned on, and what exact search finds for them.
+
+    Attributes:
+        queries: (q, dim) of length 1.
+        worst_accepted: (q, 1) score from which on a row is one of the nearest.
+        absent: rows that must not be in the index while it is tuned, ascending: the queries themselves, where they are
+            rows, and their near-copies.
+        source: see :class:`Tuning`.
+    """
+
+    queries: Matrix
+    worst_accepted: Matrix
+    absent: npt.NDArray[np.int64]
+    source: str
+
+    def __len__(self) -> int:
+        """Number of queries."""
+        return len(self.queries)
+
+
+def queries_given(vectors: Vectors, queries: Matrix, show_progress_bar: bool | None = None) -> TuningQueries:
+    """Tuning queries of the user's.
 
     Args:
-        index: with the first ``rows`` vectors in it.
         vectors: (n, dim) of length 1.
-        queries: (q, dim), not in the index.
-        rows: how many of ``vectors`` count.
+        queries: (q, dim) of length 1.
+        show_progress_bar: None shows one in a terminal, after two seconds.
+    """
+    best, _ = exact_search(vectors, queries, min(RECALL_AT, vectors.shape[0]), show_progress_bar=show_progress_bar)
+    return TuningQueries(queries, best[:, -1:] - _ROUNDING, np.zeros(0, dtype=np.int64), "queries")
+
+
+def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> TuningQueries | None:
+    """Rows in the place of queries that the index has never seen.
+
+    A query that is new has no copy in the index; a row may have many, which are found with ease and would flatter the
+    recall. So a row's near-copies are taken out with it: those less than half as far (in 1 - cosine) as its thirtieth
+    neighbour, or as half of what is usual for that. At most a fifth of the rows is taken out.
+
+    Args:
+        vectors: (n, dim) of length 1.
+        show_progress_bar: None shows one in a terminal, after two seconds.
+
+    Returns:
+        Up to 2,000 queries; None if there are too few rows for any.
+    """
+    rows = vectors.shape[0]
+    count = min(_MOST_QUERIES, rows // 10)
+    if not count:
+        return None
+    drawn = np.random.default_rng(0).choice(rows, count, replace=False)
+    queries = as_float(vectors[drawn])
+    scores, found = exact_search(vectors, queries, min(_NEIGHBOURS, rows), show_progress_bar=show_progress_bar)
+    usual = 1 - scores[:, min(_REFERENCE, rows) - 1 :][:, :1]
+    near = 1 - scores < np.maximum(usual, np.median(usual) / 2) / 2
+    absent: set[int] = set()
+    used = 0
+    for row, copies in zip(drawn.tolist(), (each[these] for each, these in zip(found, near, strict=True)), strict=True):
+        taken = absent | {row, *copies.tolist()}
+        if used and len(taken) > rows // 5:
+            break
+        absent, used = taken, used + 1
+    gone = np.array(sorted(absent), dtype=np.int64)
+    left = ~np.isin(found[:used], gone)
+    wanted = min(RECALL_AT, rows - len(gone))
+    enough = left.sum(axis=1) >= wanted  # else all known neighbours are copies
+    rank = np.argmax(np.cumsum(left, axis=1) == wanted, axis=1)
+    worst = np.take_along_axis(scores[:used], rank[:, None], axis=1) - _ROUNDING
+    if not enough.any():
+        return None
+    return TuningQueries(queries[:used][enough], worst[enough], gone, "rows")
+
+
+def tune(index: Any, vectors: Vectors, known: TuningQueries, target: float) -> Tuning:
+    """Set ``nprobe`` or ``efSearch`` to about the least whose recall is above a target with 99.5 % confidence.
+
+    An index that refines gets more candidates where its codes are what is in the way.
+
+    Args:
+        index: with the first ``index.ntotal`` vectors in it, those of ``known.absent`` not among them.
+        vectors: (n, dim) of length 1.
+        known: the queries.
         target: recall@10 in (0, 1]; where it is out of reach, the best is taken and a warning says so.
     """
-    k = min(RECALL_AT, rows)
-    best, _ = exact_search(vectors, queries, k, rows)
-    worst_accepted = best[:, -1:] - 1e-5
-    parameter = effort_name(index)
-    tried: list[Tuning] = []
-    for value in _ladder(index):
-        if value is not None:
-            set_effort(index, value)
-        began = time.perf_counter()
-        _, found = index.search(queries, k)
-        seconds = time.perf_counter() - began
-        scores = np.einsum(
-            "qd,qkd->qk", queries, as_float(vectors[np.maximum(found, 0).ravel()]).reshape(*found.shape, -1)
-        )
-        recall = float(((scores >= worst_accepted) & (found >= 0)).mean())
-        speed = round(len(queries) / seconds, 1)
-        tried.append(Tuning(parameter, value, round(recall, 4), target, len(queries), speed, rows + len(queries)))
-        if recall >= target or (len(tried) > 4 and recall - tried[-4].recall < _PLATEAU):
+    parameter, values = effort_name(index), _ladder(index)
+    tried: dict[tuple[float, int | None], Tuning] = {}
+
+    def measure(value: int | None) -> Tuning:
+        key = (_candidates(index), value)
+        if key not in tried:
+            tried[key] = _measured(index, vectors, known, target, parameter, value)
+        return tried[key]
+
+    while True:
+        here = [measure(values[0])]
+        for value in values[1:]:
+            if here[-1].met or (len(here) > 4 and here[-1].recall - here[-5].recall < _PLATEAU):
+                break
+            here.append(measure(value))
+        if here[-1].met or not hasattr(index, "k_factor") or index.k_factor >= _MOST_CANDIDATES:
             break
-    highest = max(each.recall for each in tried)
-    reached = next(each for each in tried if each.recall >= min(target, highest - _PLATEAU))
-    if reached.value is not None:
-        set_effort(index, reached.value)
-    if reached.recall < target:
+        index.k_factor *= 2
+    if here[-1].met:
+        chosen = _least(here, measure)
+    else:
+        best = max(tried, key=lambda key: tried[key].recall)
+        highest = tried[best].recall
+        few = min(
+            (key for key in tried if tried[key].recall >= highest - _PLATEAU / 2), key=lambda key: (key[0], key[1] or 0)
+        )
+        if hasattr(index, "k_factor"):
+            index.k_factor = few[0]
+        chosen = tried[few]
+    if chosen.value is not None:
+        set_effort(index, chosen.value)
+    if chosen.met:
+        logger.info("recall@%d %s", RECALL_AT, chosen)
+    elif chosen.recall < target:
         logger.warning(
-            f"the index reaches recall@{k} {reached.recall:.3f}, below {target:.3f}: its vectors are compressed, or it "
-            "does not suit the data; allow more memory, or choose another factory"
+            f"recall@{RECALL_AT} {chosen}. The index reaches {chosen.recall:.3f}, below {target:.3f}: its vectors are "
+            "compressed, or it does not suit the data; allow more memory, or choose another factory"
         )
     else:
-        setting = f" with {parameter} {reached.value}" if parameter else ""
-        logger.info("measured recall@%d %.3f%s (wanted: %.3f)", k, reached.recall, setting, target)
-    return reached
+        logger.warning(
+            f"recall@{RECALL_AT} {chosen}. So few queries, or so high a target, leave open whether it is met: give "
+            "more queries as `tune_queries`, lower `recall_target`, or choose the factory Flat, which is exact"
+        )
+    return chosen
+
+
+def confidence_interval(recalls: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """99 % interval of the mean recall of queries like these.
+
+    Wilson's score interval, with as many trials as make a coin vary like the recall of these queries; a query counts
+    at least as one.
+
+    Args:
+        recalls: (q,) recall of each, in [0, 1].
+    """
+    count, mean = len(recalls), float(recalls.mean())
+    variance = float(recalls.var(ddof=1)) if count > 1 else 0.0
+    trials = max(count, count * mean * (1 - mean) / variance) if variance > 0 else count
+    share = _QUANTILE**2 / trials
+    centre = (mean + share / 2) / (1 + share)
+    half = _QUANTILE / (1 + share) * math.sqrt(mean * (1 - mean) / trials + share / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _measured(
+    index: Any, vectors: Vectors, known: TuningQueries, target: float, parameter: str | None, value: int | None
+) -> Tuning:
+    """What an index finds with a value of its parameter."""
+    if value is not None:
+        set_effort(index, value)
+    k = min(RECALL_AT, int(index.ntotal))
+    began = time.perf_counter()
+    _, found = index.search(known.queries, k)
+    seconds = time.perf_counter() - began
+    hits = np.zeros(len(known))
+    for start in range(0, len(known), _QUERIES_AT_A_TIME):
+        these = slice(start, start + _QUERIES_AT_A_TIME)
+        rows = np.maximum(found[these], 0)
+        scores = np.einsum("qd,qkd->qk", known.queries[these], as_float(vectors[rows.ravel()]).reshape(*rows.shape, -1))
+        hits[these] = ((scores >= known.worst_accepted[these]) & (found[these] >= 0)).mean(axis=1)
+    low, high = confidence_interval(hits)
+    return Tuning(
+        parameter=parameter,
+        value=value,
+        recall=round(float(hits.mean()), 4),
+        target=target,
+        queries=len(known),
+        queries_per_second=round(len(known) / max(seconds, 1e-9), 1),
+        rows=int(index.ntotal) + len(known.absent),
+        low=math.floor(low * 1e4) / 1e4,
+        high=math.ceil(high * 1e4) / 1e4,
+        source=known.source,
+        near_copies=max(0, len(known.absent) - len(known)) if known.source == "rows" else None,
+    )
+
+
+def _least(tried: list[Tuning], measure: Callable[[int | None], Tuning]) -> Tuning:
+    """The least value that meets the target, give or take a tenth, between the last two that were tried."""
+    chosen = tried[-1]
+    if len(tried) > 1 and chosen.value is not None:
+        low, high = int(tried[-2].value or 0), chosen.value
+        while high - low > max(1, low // 10):
+            middle = measure((low + high) // 2)
+            if middle.met:
+                chosen, high = middle, int(middle.value or 0)
+            else:
+                low = int(middle.value or 0)
+    return chosen
+
+
+def _candidates(index: Any) -> float:
+    """How many times the wanted rows an index refines; 1 for one that does not."""
+    return float(getattr(index, "k_factor", 1))
 
 
 def exact_search(
-    vectors: Vectors, queries: Matrix, k: int, rows: int | None = None
+    vectors: Vectors, queries: Matrix, k: int, rows: int | None = None, show_progress_bar: bool | None = False
 ) -> tuple[Matrix, npt.NDArray[np.int64]]:
     """The k nearest of all vectors, read in blocks.
 
@@ -101,20 +287,22 @@ def exact_search(
         queries: (q, dim) of length 1.
         k: at most n.
         rows: how many of ``vectors`` to compare; all.
+        show_progress_bar: None shows one in a terminal, after two seconds.
 
     Returns:
         (q, k) scores, descending, and (q, k) rows.
     """
     faiss = load_faiss()
-    scores = np.full((len(queries), 0), 0, dtype=np.float32)
-    found = np.full((len(queries), 0), 0, dtype=np.int64)
-    for block in row_blocks(0, vectors.shape[0] if rows is None else rows):
-        candidates = as_float(vectors[block])
-        new_scores, new = faiss.knn(queries, candidates, min(k, len(candidates)), faiss.METRIC_INNER_PRODUCT)
-        scores, found = np.hstack([scores, new_scores]), np.hstack([found, new + block.start])
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, found = np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
-    return scores, found
+    nearest = faiss.ResultHeap(len(queries), k, keep_max=True)
+    total = vectors.shape[0] if rows is None else rows
+    with progress_bar(total, "Comparing", "row", show_progress_bar) as progress:
+        for block in row_blocks(0, total):
+            candidates = as_float(vectors[block])
+            scores, found = faiss.knn(queries, candidates, min(k, len(candidates)), faiss.METRIC_INNER_PRODUCT)
+            nearest.add_result(scores, found + block.start)
+            progress.update(len(candidates))
+    nearest.finalize()
+    return nearest.D, nearest.I
 
 
 def effort_name(index: Any) -> str | None:

@@ -5,7 +5,7 @@ from st_kdmcse.teachers.clip import CLIPTeacher
 from st_kdmcse.teachers.combined import CombinedTeacher
 from st_kdmcse.teachers.load import load_teacher
 from st_kdmcse.teachers.openclip import OpenCLIPTeacher
-from st_kdmcse.teachers.text import SentenceTransformerTeacher
+from st_kdmcse.teachers.sentence_transformer import SentenceTransformerTeacher
 
 __all__ = [
     "CLIPTeacher",

@@ -33,6 +33,8 @@ TeacherImage: TypeAlias = "Image.Image | ImageSource | str"
 """An image for a teacher: of Pillow, encoded, or the path of a file."""
 
 Preprocess: TypeAlias = "Callable[[Image.Image], torch.Tensor]"
+Pixels: TypeAlias = "torch.Tensor | list[npt.NDArray[np.uint8]]"
+"""(B, 3, H, W) pixels of a batch; arrays of (3, H, W) where the images differ in size."""
 
 _MANY_BATCHES = 4
 _LONGEST = 100  # times the shorter edge
@@ -69,18 +71,18 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def preprocess(self) -> Preprocess:
-        """Makes (3, H, W) float32 pixels of an image in any mode; without the model, so that worker processes get it.
+        """Makes (3, H, W) pixels of an image in any mode; without the model, so that worker processes get it.
 
         Raises:
             ValueError: if the teacher knows no images.
         """
 
     @abstractmethod
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, pixels: Pixels) -> torch.Tensor:
         """Features of one batch of images.
 
         Args:
-            pixels: (B, 3, H, W) preprocessed images, on any device.
+            pixels: B preprocessed images of :func:`stack_pixels`, on any device.
 
         Returns:
             (B, T) float32 features, on the device of the teacher.
@@ -152,7 +154,7 @@ class Teacher(ABC):
                 pixels = [each for each in loaded if isinstance(each, torch.Tensor)]
                 features = np.empty((0, self.dim), dtype=np.float32)
                 if pixels:
-                    features = self.encode_pixels(torch.stack(pixels)).cpu().numpy()
+                    features = self.encode_pixels(stack_pixels(pixels)).cpu().numpy()
                 yield rows, features, errors
 
 
@@ -181,10 +183,10 @@ class ModelTeacher(Teacher):
         self.batch_size = batch_size
         self.precision = _on_device(precision, self.device)
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, pixels: Pixels) -> torch.Tensor:
         """See :meth:`Teacher.encode_pixels`."""
-        pixels = pixels.to(self.device, self._weights_dtype, non_blocking=True)
-        return self._forward(self._image_features, pixels)
+        assert isinstance(pixels, torch.Tensor)  # its preprocessing makes all images of one size
+        return self._forward(self._image_features, pixels.to(self.device, self._weights_dtype, non_blocking=True))
 
     def encode_texts(self, texts: Sequence[str], show_progress_bar: bool | None = True) -> npt.NDArray[np.float32]:
         """See :meth:`Teacher.encode_texts`."""
@@ -257,6 +259,17 @@ def try_load(image: TeacherImage, preprocess: Preprocess) -> torch.Tensor | Imag
         return load_pixels(image, preprocess)
     except ImageError as error:
         return error
+
+
+def stack_pixels(pixels: Sequence[torch.Tensor]) -> Pixels:
+    """Preprocessed images as a batch.
+
+    Args:
+        pixels: B images, (3, H, W) each, at least one.
+    """
+    if all(each.shape == pixels[0].shape for each in pixels):
+        return torch.stack(list(pixels))
+    return [each.numpy() for each in pixels]  # as tensors, each would take a file of the worker's shared memory
 
 
 def batches(count: int, batch_size: int, description: str, show_progress_bar: bool | None) -> tqdm[slice]:

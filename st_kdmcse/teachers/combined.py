@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from st_kdmcse.teachers.base import Preprocess, Teacher
+from st_kdmcse.teachers.base import Pixels, Preprocess, Teacher
 
 
 class CombinedTeacher(Teacher):
@@ -44,7 +44,7 @@ class CombinedTeacher(Teacher):
         """That of the teacher of the images."""
         return self._images.preprocess
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, pixels: Pixels) -> torch.Tensor:
         """See :meth:`Teacher.encode_pixels`."""
         return functional.pad(self._images.encode_pixels(pixels), (0, self.dim - self._images.dim))
 

@@ -11,7 +11,7 @@ from st_kdmcse.teachers.base import Teacher
 from st_kdmcse.teachers.clip import CLIPTeacher
 from st_kdmcse.teachers.combined import CombinedTeacher
 from st_kdmcse.teachers.openclip import OpenCLIPTeacher, import_open_clip, known_model
-from st_kdmcse.teachers.text import SentenceTransformerTeacher
+from st_kdmcse.teachers.sentence_transformer import SentenceTransformerTeacher
 
 _DEFAULT_TAG = "openai"
 
@@ -26,7 +26,8 @@ def load_teacher(name: str, pretrained: str | None = None, text_teacher: str | N
     ``hf-hub:owner/name``, ``local-dir:folder``                 the same, with its own weights
     ``config.json``                                             open_clip configuration, weights ``pretrained``
     ``transformers:openai/clip-vit-base-patch32``               CLIP or SigLIP model of transformers
-    ``sentence-transformers:all-mpnet-base-v2``                 texts only
+    ``sentence-transformers:clip-ViT-B-32``                     model of sentence-transformers; texts only if it takes
+                                                                no images
     a folder                                                    whichever of these it holds
     ==========================================================  ===================================================
 
@@ -43,7 +44,7 @@ def load_teacher(name: str, pretrained: str | None = None, text_teacher: str | N
     if text_teacher is not None:
         images = load_teacher(name, pretrained, **options)
         return CombinedTeacher(images, load_teacher(text_teacher, **options))
-    kind, source = _kind(name)
+    kind, source = kind_of_teacher(name)
     if kind == "open_clip":
         return OpenCLIPTeacher(source, _weights(source, pretrained), **options)
     if pretrained is not None:
@@ -52,8 +53,15 @@ def load_teacher(name: str, pretrained: str | None = None, text_teacher: str | N
     return make(source, **options)
 
 
-def _kind(name: str) -> tuple[str, str]:
-    """The library of a teacher, and what it is called there."""
+def kind_of_teacher(name: str) -> tuple[str, str]:
+    """The library of a teacher, "open_clip", "transformers" or "sentence-transformers", and what it is called there.
+
+    Args:
+        name: as for :func:`load_teacher`.
+
+    Raises:
+        ValueError: if there is no teacher of that name.
+    """
     for kind in ("open_clip", "transformers", "sentence-transformers"):
         if name.startswith(f"{kind}:"):
             source = name.removeprefix(f"{kind}:")

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from st_kdmcse.files import read_json, write_folder
-from st_kdmcse.training.checkpoints import METRIC, STATE_NAME, best_step, checkpoints_in, record_files, writing
+from st_kdmcse.training.checkpoints import SCORE, STATE_NAME, best_step, checkpoints_in, record_files, writing
 from st_kdmcse.training.trainer import KDMCSETrainer
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class SaveByTime(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """Keep student and heads of the best score on STS-B dev, in a folder beside the checkpoints.
+    """Keep student and heads of the best score, in a folder beside the checkpoints.
 
     Args:
         checkpoints: the folder of the checkpoints.
@@ -117,7 +117,7 @@ class KeepBest(TrainerCallback):
         """Find what was kept up to the checkpoint of this state; later steps are computed again."""
         best = best_step(state.log_history)
         self.path = None if best is None else self._checkpoints / f"best-{best}"
-        scores = (entry[METRIC] for entry in state.log_history if METRIC in entry and entry["step"] == best)
+        scores = (entry[SCORE] for entry in state.log_history if SCORE in entry and entry["step"] == best)
         self._score = next(scores, -math.inf)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -133,12 +133,12 @@ class KeepBest(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Save the model if its score is a new best."""
-        if METRIC not in metrics or not metrics[METRIC] > self._score or not state.is_world_process_zero:
+        if SCORE not in metrics or not metrics[SCORE] > self._score or not state.is_world_process_zero:
             return
         path = self._checkpoints / f"best-{state.global_step}"
         with writing(path):
             write_folder(path, self._save)
-        self.path, self._score = path, metrics[METRIC]
+        self.path, self._score = path, metrics[SCORE]
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Delete earlier bests that no checkpoint needs any more."""

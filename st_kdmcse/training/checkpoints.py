@@ -20,7 +20,10 @@ from st_kdmcse.files import read_json, sha256_file, write_json
 logger = logging.getLogger(__name__)
 
 METRIC = "eval_sts-dev_spearman_cosine"
-"""What the best model is chosen by: the Spearman correlation on STS-B dev."""
+"""The Spearman correlation on STS-B dev, as the trainer logs it."""
+
+SCORE = "eval_sequential_score"
+"""What the best model is chosen by: STS-B dev, or the metric of the options, which is evaluated after it."""
 
 RECORD_NAME = "checksums.json"
 """The file of a checkpoint, written last, with the size and SHA-256 of all others."""
@@ -110,13 +113,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def best_step(log_history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step of the best score on STS-B dev, the first one of equals; None without a score.
+    """The step of the best :data:`SCORE`, the first one of equals; None without a score.
 
     Args:
         log_history: of a ``TrainerState``.
     """
-    scored = [entry for entry in log_history if math.isfinite(entry.get(METRIC, math.nan))]
-    return int(max(scored, key=lambda entry: float(entry[METRIC]))["step"]) if scored else None
+    scored = [entry for entry in log_history if math.isfinite(entry.get(SCORE, math.nan))]
+    return int(max(scored, key=lambda entry: float(entry[SCORE]))["step"]) if scored else None
 
 
 class RecordCheckpoints(TrainerCallback):

@@ -84,7 +84,7 @@ def check_repository(name: str, private: bool) -> str:
     full = name if namespace else f"{account['name']}/{name}"
     with _asking(full):
         try:
-            is_public = not api.model_info(full).private
+            is_public = api.model_info(full).private is False
         except RepositoryNotFoundError:
             return full
     if private and is_public:

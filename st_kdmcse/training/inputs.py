@@ -19,10 +19,18 @@ from st_kdmcse.data.permuted import PermutedFeatureStore
 from st_kdmcse.data.sts import STSTask
 from st_kdmcse.extraction import extract_dataset
 from st_kdmcse.files import progress_bar, sha256_file
+from st_kdmcse.training.lora import check_lora
+from st_kdmcse.training.metric import Metric, load_metric
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run_folder import FEATURES_NAME
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student, check_matryoshka_dims, encoder_folder
+from st_kdmcse.training.student import (
+    build_student,
+    check_matryoshka_dims,
+    check_modules,
+    enable_checkpointing,
+    encoder_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +51,7 @@ class TrainingInputs:
             of "text" sentences, which are trained on all the same; else None.
         dev: STS-B dev, None without evaluation.
         test: STS-B test, None without evaluation.
+        metric: what chooses the best model instead of STS-B dev, or None.
         checksums: SHA-256 of the data by name, see :func:`data_checksums`.
     """
 
@@ -52,6 +61,7 @@ class TrainingInputs:
     overlap: dict[str, int] | None
     dev: STSPairs | None
     test: STSPairs | None
+    metric: Metric | None
     checksums: dict[str, str]
 
     @classmethod
@@ -67,8 +77,9 @@ class TrainingInputs:
         """
         _check_paths(options)
         dev, test = _load_sts(options)
+        metric = load_metric(options.metric, options.nanobeir_data)
         sources: dict[str, Dataset] = {}
-        checksums = _sts_checksums(dev, test)
+        checksums = _sts_checksums(dev, test) | _metric_checksum(metric)
         store = left_out = counts = None
         evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
         if options.text is not None:
@@ -92,24 +103,33 @@ class TrainingInputs:
                 counts = {"images": overlap.images, "captions": len(overlap.captions), "text": sentences}
             sources["pairs"] = pairs
         checksums |= _exclusion_checksums(options, evaluated)
-        return cls(sources, store, left_out, counts, dev, test, checksums)
+        return cls(sources, store, left_out, counts, dev, test, metric, checksums)
 
 
-def check_sizes(sources: Mapping[str, Dataset], batch_size: int) -> None:
+def check_sizes(sources: Mapping[str, Dataset], batch_size: int, batches_a_step: int = 1) -> None:
     """Refuse a source of one row, and warn of one that does not fill a batch: a row's negatives are the others.
+
+    Where a step takes several batches, a source that does not fill one is refused.
 
     Args:
         sources: what a run trains on.
-        batch_size: rows a step and device.
+        batch_size: rows a batch.
+        batches_a_step: of all devices, with gradient accumulation.
 
     Raises:
-        ValueError: if a source has a single row; the loss would be 0 whatever the model.
+        ValueError: if a source has a single row, with which the loss would be 0 whatever the model; or less than a
+            batch where a step takes several.
     """
     for name, dataset in sources.items():
         if len(dataset) == 1:
             raise ValueError(
                 f"`{_PARAMETERS[name]}` has one sentence to train on: its negatives are the other sentences of a "
                 "batch; give at least two, better thousands"
+            )
+        if len(dataset) < batch_size and batches_a_step > 1:
+            raise ValueError(
+                f"`{_PARAMETERS[name]}` has {len(dataset)} sentences to train on, and a step takes {batches_a_step} "
+                f"batches of {batch_size}: choose a smaller `batch_size`"
             )
         if len(dataset) < batch_size:
             logger.warning(
@@ -132,8 +152,12 @@ def check_inputs(options: TrainingOptions) -> None:
         ValueError, FileNotFoundError, ConnectionError: for what the run would fail of; names the parameter or the file.
     """
     _check_paths(options)
-    encoder_type(options.model)
+    check_modules(options.model, options.pooling)
+    kind = encoder_type(options.model)
+    if options.lora:
+        check_lora(kind)
     _load_sts(options)
+    load_metric(options.metric, options.nanobeir_data)
     evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
     if options.text is not None:
         read_sentences(options.text, options.text_column, options.deduplicate)
@@ -141,9 +165,23 @@ def check_inputs(options: TrainingOptions) -> None:
         store = FeatureStore.open(options.features)
         store.verify()
         _left_out(options, store, None if evaluated is None else find_overlap(store, evaluated))
+    check_student(options)
+
+
+def check_student(options: TrainingOptions) -> None:
+    """Build the student of a run, to find out whether it can be trained.
+
+    Args:
+        options: the run.
+
+    Raises:
+        ValueError: if it cannot; names what is wrong.
+    """
     try:
         student = build_student(options.model, options.max_seq_length, options.pooling)
         check_matryoshka_dims(student, options.matryoshka_dims)
+        if options.gradient_checkpointing:
+            enable_checkpointing(student)
     except ValueError:
         raise
     except Exception as error:  # whatever the libraries raise for damaged or missing weights
@@ -153,8 +191,8 @@ def check_inputs(options: TrainingOptions) -> None:
 def data_checksums(options: TrainingOptions) -> dict[str, str]:
     """SHA-256 of the data of a run by name.
 
-    The names are "text", "features", "excluded images", "evaluation sets" (of ``exclude_overlap``), and where it
-    evaluates "sts-dev" and "sts-test".
+    The names are "text", "features", "excluded images", "evaluation sets" (of ``exclude_overlap``), where it evaluates
+    "sts-dev" and "sts-test", and "metric" where NanoBEIR chooses the best model.
 
     Args:
         options: the run, with its features, if any, in a feature store.
@@ -164,6 +202,7 @@ def data_checksums(options: TrainingOptions) -> dict[str, str]:
     """
     _check_paths(options)
     checksums = _sts_checksums(*_load_sts(options))
+    checksums |= _metric_checksum(load_metric(options.metric, options.nanobeir_data))
     if options.text is not None:
         checksums["text"] = sha256_file(options.text)
     if options.features is not None:
@@ -207,6 +246,10 @@ def _load_sts(options: TrainingOptions) -> tuple[STSPairs | None, STSPairs | Non
 
 def _sts_checksums(*splits: STSPairs | None) -> dict[str, str]:
     return {pairs.name: STSTask("STS-B", (pairs,)).checksum for pairs in splits if pairs is not None}
+
+
+def _metric_checksum(metric: Metric | None) -> dict[str, str]:
+    return {} if metric is None or metric.checksum is None else {"metric": metric.checksum}
 
 
 def _left_out(options: TrainingOptions, store: FeatureStore, overlap: Overlap | None) -> LeftOut | None:

@@ -259,5 +259,5 @@ def _save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options:
     with tempfile.TemporaryDirectory() as folder, _quietly():
         network.base_model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        student = build_student(folder, options.max_seq_length)
+        student = build_student(folder, options.max_seq_length, "cls")
         save_into(options.output_dir, lambda into: student.save_pretrained(str(into), create_model_card=False))

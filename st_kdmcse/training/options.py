@@ -17,6 +17,7 @@ from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import check_seed, cpu_only, device_type
 from st_kdmcse.training.head_init import HeadInit
 from st_kdmcse.training.methods import METHODS
+from st_kdmcse.training.metric import MetricOption, check_metric
 from st_kdmcse.training.reporting import check_run_name, trackers
 from st_kdmcse.training.run_folder import CHECKPOINTS_NAME
 from st_kdmcse.training.student import PoolingMode
@@ -52,18 +53,32 @@ class TrainingOptions:
             ``head_learning_rate`` to 1e-3 and ``captions_per_image_in_batch`` to 2, where they are None.
         method: a name of :data:`~st_kdmcse.training.methods.METHODS`.
         config: options of :class:`~st_kdmcse.KDMCSEConfig` that differ from the recipe.
-        eval_data: SentEval directory, or a dataset with STS-B's columns (hub name or folder).
+        eval_data: STS-B, or another set of pairs in any language, as :func:`~st_kdmcse.data.load_sts_benchmark` reads
+            it: a SentEval directory, or a dataset's folder, hub name, or NAME:CONFIG.
+        metric: what the best model is chosen by, beside STS-B dev, which is evaluated all the same: "nanobeir",
+            "nanobeir:msmarco,nq" for the mean NDCG@10 of some of its tasks, or any evaluator of sentence-transformers,
+            whose primary metric it is then. None is STS-B dev.
+        nanobeir_data: NanoBEIR's hub name, or a folder of its layout; None is
+            :data:`~st_kdmcse.training.metric.NANOBEIR_DATA`.
         output_dir: folder of the run; must be empty or absent, except for a run that is resumed.
+        export: folder, from ``output_dir`` on, for the model of sentences and images that is made of the best
+            checkpoint in the end, see :func:`~st_kdmcse.training.text_image.export_text_image`; None makes none.
+        export_teacher: the ``teacher`` of that function; None is the one of ``extraction``, or that the features name.
+        export_images: the ``images`` of that function; None are those of ``extraction``.
         epochs: passes over the larger source.
         max_steps: optimizer steps, instead of epochs.
-        batch_size: sentences a step and device; 64, for RoBERTa 128.
+        batch_size: sentences a batch and device; 64, for RoBERTa 128.
         mini_batch_size: sentences in a forward pass; turns on gradient caching, for batches that do not fit in memory.
             None or 0 turns it off.
         matryoshka_dims: sizes that embeddings can be cut to: the loss is summed over the first dimensions of each (of
             MatryoshkaLoss). The embedding size of the student must be among them. None trains the whole embedding.
+        gradient_accumulation_steps: batches whose gradients a step adds up, all of sentences or all of pairs. A batch
+            has its own negatives alone, so that this is no larger batch; see ``mini_batch_size`` for that.
+        gradient_checkpointing: compute activations of the encoder again in the backward pass, to save memory.
+        lora: rank R of LoRA, see :func:`~st_kdmcse.training.lora.add_lora`; None or 0 trains all weights.
         lr: peak learning rate, decayed linearly to 0; 3e-5, for RoBERTa 1e-5.
         head_learning_rate: peak learning rate of the heads, decayed likewise; None is ``lr``.
-        pooling: "cls", or "mean" for an encoder whose sentence embedding is the mean of its token vectors.
+        pooling: "auto", "cls" or "mean", see :func:`~st_kdmcse.build_student`.
         max_seq_length: longest sentence in tokens; longer ones are cut off.
         pair_every: steps from one pair batch to the next; None computes it from the sizes.
         captions_per_image: draw that many captions of each image; None takes all.
@@ -107,15 +122,23 @@ class TrainingOptions:
     method: str = "kdmcse"
     config: Mapping[str, Any] = field(default_factory=dict)
     eval_data: str = "sentence-transformers/stsb"
+    metric: MetricOption = None
+    nanobeir_data: str | None = None
     output_dir: Path = Path("kdmcse-bert")
+    export: Path | None = None
+    export_teacher: str | None = None
+    export_images: Path | None = None
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int | None = None
     mini_batch_size: int | None = None
     matryoshka_dims: Sequence[int] | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    lora: int | None = None
     lr: float | None = None
     head_learning_rate: float | None = None
-    pooling: PoolingMode = "cls"
+    pooling: PoolingMode = "auto"
     max_seq_length: int = 32
     pair_every: int | None = None
     captions_per_image: int | None = None
@@ -142,12 +165,17 @@ class TrainingOptions:
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}")
         positive = ("epochs", "max_steps", "batch_size", "lr", "head_learning_rate", "captions_per_image", "save_steps")
-        for name in (*positive, "captions_per_image_in_batch"):
+        for name in (*positive, "captions_per_image_in_batch", "gradient_accumulation_steps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         check_seed(self.seed)
-        for name in ("eval_steps", "workers", "mini_batch_size"):
+        check_metric(self.metric)
+        if self.metric is not None and not self.eval_steps:
+            raise ValueError("`metric` chooses among evaluations, and `eval_steps` 0 turns them off: leave one out")
+        if self.nanobeir_data is not None and not isinstance(self.metric, str):
+            raise ValueError("`nanobeir_data` is read for `metric` nanobeir: give both, or none")
+        for name in ("eval_steps", "workers", "mini_batch_size", "lora"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         if self.pair_every is not None and self.pair_every < 2:
@@ -175,14 +203,19 @@ class TrainingOptions:
         if self.compile not in (None, *COMPILE_MODES):
             raise ValueError(f"`compile` must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
         if self.compile:
-            check_compilation(self.compile, self.unpad, bool(self.mini_batch_size))
+            in_parts = bool(self.mini_batch_size) or self.gradient_accumulation_steps > 1
+            check_compilation(self.compile, self.unpad, in_parts)
         if self.matryoshka_dims is not None:
             object.__setattr__(self, "matryoshka_dims", _sizes(self.matryoshka_dims))
         if self.private and self.push_to_hub is None:
             raise ValueError("`private` is said of the repository of `push_to_hub`: give both, or none")
         check_run_name(self.run_name)
         trackers(self.report_to)
-        self.loss_config()
+        has_heads = self.loss_config().multimodal_weight != 0 and METHODS[self.method].needs_features
+        if self.export is not None and not has_heads:
+            raise ValueError("`export` needs the heads of images, which mcse and kdmcse train: choose one of them")
+        if self.export is None and (self.export_teacher or self.export_images):
+            raise ValueError("`export_teacher` and `export_images` go with `export`")
 
     @property
     def has_features(self) -> bool:
@@ -207,6 +240,7 @@ class TrainingOptions:
             num_train_epochs=self.epochs,
             max_steps=self.max_steps or -1,
             per_device_train_batch_size=self.batch_size or (128 if roberta else 64),
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
             learning_rate=self.lr or (1e-5 if roberta else 3e-5),
             lr_scheduler_type="linear",
             warmup_steps=0,

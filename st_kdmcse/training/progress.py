@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from st_kdmcse.training.checkpoints import METRIC
+from st_kdmcse.training.checkpoints import METRIC, SCORE
 
 _PARTS_OF_NO_LOSS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
@@ -42,7 +42,8 @@ def log_line(logs: Mapping[str, Any]) -> str:
         'dev score 58.32'
     """
     if METRIC in logs:
-        return f"dev score {100 * float(logs[METRIC]):.2f}"
+        chosen_by = f", metric {float(logs[SCORE]):.4g}" if logs.get(SCORE, logs[METRIC]) != logs[METRIC] else ""
+        return f"dev score {100 * float(logs[METRIC]):.2f}{chosen_by}"
     if "loss" not in logs:
         return ""
     shown = {name: f"{value:.4g}" for name, value in logs.items() if isinstance(value, float | int)}

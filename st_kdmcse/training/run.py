@@ -13,9 +13,11 @@ from typing import Any
 
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
 
+from st_kdmcse.data import FeatureStore
 from st_kdmcse.evaluation.similarity import (
     TokenizedSimilarityEvaluator,
     spearman,
@@ -30,6 +32,7 @@ from st_kdmcse.processes import processes
 from st_kdmcse.training.callbacks import EvaluateAtEnd, Interrupted, KeepBest, SaveByTime, StopOnSignal
 from st_kdmcse.training.checkpoints import (
     METRIC,
+    SCORE,
     STATE_NAME,
     KeepTwoCheckpoints,
     latest_checkpoint,
@@ -39,7 +42,8 @@ from st_kdmcse.training.checkpoints import (
 )
 from st_kdmcse.training.head_init import align_heads
 from st_kdmcse.training.hub import check_repository, create_repository, push
-from st_kdmcse.training.inputs import TrainingInputs, check_sizes, data_checksums, encoder_type
+from st_kdmcse.training.inputs import TrainingInputs, check_sizes, check_student, data_checksums, encoder_type
+from st_kdmcse.training.lora import LORA_NAME, add_lora, check_lora
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.progress import ShowProgress
@@ -55,17 +59,27 @@ from st_kdmcse.training.run_folder import (
     check_unchanged,
     claim_student,
     copy_model,
+    export_folder,
     precision_to_resume,
     run_to_go_on,
     save_into,
 )
 from st_kdmcse.training.schedule import pair_rows
-from st_kdmcse.training.student import build_student, check_matryoshka_dims, student_checksums
+from st_kdmcse.training.student import (
+    build_student,
+    check_matryoshka_dims,
+    check_modules,
+    enable_checkpointing,
+    student_checksums,
+)
 from st_kdmcse.training.summary import BestScores, run_record, training_summary
+from st_kdmcse.training.text_image import check_folder_is_free, export_text_image, open_tower
 from st_kdmcse.training.thresholds import BranchFilter, branch_filters
 from st_kdmcse.training.trainer import KDMCSETrainer
 
 logger = logging.getLogger(__name__)
+
+_SCORES = {METRIC: "the score on STS-B dev", SCORE: "the score that chooses the best model"}
 
 
 def train(
@@ -76,8 +90,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a student and save it as a stock sentence-transformers model.
 
-    ``output_dir`` then holds the model with the best STS-B dev score, its heads (``heads/``), the last model
-    (``last/``), the checkpoints and ``training_summary.json``.
+    ``output_dir`` then holds the model with the best score, on STS-B dev or the ``metric`` of the options, its heads
+    (``heads/``), the last model (``last/``), the checkpoints and ``training_summary.json``.
 
     Args:
         options: what to train.
@@ -102,12 +116,22 @@ def train(
     if state.is_main_process:
         check_output_dir(options.output_dir, options.resume, options.extraction is not None)
         repository = check_repository(options.push_to_hub, options.private) if options.push_to_hub else None
+    check_modules(options.model, options.pooling)
+    kind = encoder_type(options.model)
+    if options.lora:
+        check_lora(kind)
+    if options.extraction is not None:
+        check_student(options)
     if options.resume:
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
-    arguments = options.trainer_arguments(roberta="roberta" in encoder_type(options.model))
+    arguments = options.trainer_arguments(roberta="roberta" in kind)
     inputs = TrainingInputs.load(options, state)
     check_unchanged(repeats or {}, inputs.checksums)
-    check_sizes(inputs.sources, arguments.per_device_train_batch_size)
+    batches_a_step = arguments.gradient_accumulation_steps * arguments.world_size
+    check_sizes(inputs.sources, arguments.per_device_train_batch_size, batches_a_step)
+    if options.export is not None and inputs.store is not None and state.is_main_process:
+        check_folder_is_free(export_folder(options.output_dir, options.export))
+        _check_tower(options, inputs.store)
     with locked(options.output_dir) if state.is_main_process else nullcontext():
         summary = _train(
             options, arguments, inputs, state, stop or StopOnSignal(), repository, repeats or {}, callbacks
@@ -139,8 +163,10 @@ def _train(
     set_seed(options.seed)
     model = build_student(options.model, options.max_seq_length, options.pooling)
     check_matryoshka_dims(model, options.matryoshka_dims)
-    student = student_checksums(model[0].auto_model, model.tokenizer)
+    student = student_checksums(model[0].auto_model, model.tokenizer, list(model)[1:])
     check_unchanged(repeats, student)
+    if options.gradient_checkpointing:
+        enable_checkpointing(model)
     if repository:
         model.model_card_data.set_model_id(repository)
         create_repository(repository, options.private)
@@ -154,19 +180,24 @@ def _train(
     )
     filters = _announce_filters(loss, options) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
+    metric = [inputs.metric.evaluator] if inputs.metric else []
     if state.is_main_process:
         claim_student(options.output_dir, run, student)
         if evaluator and "score_before" not in run:
             with autocast("bfloat16" if arguments.bf16 else "float32", model.device):  # as all scores of the curve
                 run["score_before"] = spearman(evaluator, model)
+                if inputs.metric:
+                    run["metric_before"] = inputs.metric.score(model)
         with writing(options.output_dir / RUN_NAME):
             write_json(options.output_dir / RUN_NAME, run)
+    if options.lora:
+        add_lora(model, options.lora)
     trainer = KDMCSETrainer(
         model,
         arguments,
         inputs.sources,
         loss=MatryoshkaLoss(model, loss, options.matryoshka_dims) if options.matryoshka_dims else loss,
-        evaluator=evaluator,
+        evaluator=SequentialEvaluator([evaluator, *metric]) if evaluator else None,  # the last one is the score
         pair_every=options.pair_every,
         head_learning_rate=options.head_learning_rate,
         captions_per_image_in_batch=options.captions_per_image_in_batch,
@@ -200,8 +231,38 @@ def _train(
         summary = training_summary(options, trainer, run, inputs, scores, filters, seconds)
         with writing(options.output_dir / SUMMARY_NAME):
             write_json(options.output_dir / SUMMARY_NAME, summary)
+        if options.export is not None and inputs.store is not None:
+            _export(options, inputs.store.path)
     state.wait_for_everyone()
     return summary
+
+
+def _export_source(options: TrainingOptions) -> tuple[str | None, Path | None]:
+    """Teacher and images of an export, where the options have them."""
+    teacher, images = options.export_teacher, options.export_images
+    if options.extraction is not None:
+        named = options.extraction.teacher
+        stock = named.startswith(("transformers:", "sentence-transformers:")) or Path(named).is_dir()
+        teacher = teacher or (named if stock else None)
+        images = images or options.extraction.images
+    return teacher, images
+
+
+def _check_tower(options: TrainingOptions, store: FeatureStore) -> None:
+    """Load what the export needs in the end, to find out before hours of training whether it can."""
+    try:
+        open_tower(store, *_export_source(options))
+    except (ValueError, FileNotFoundError) as error:
+        named = str(error).replace("`teacher`", "`export_teacher`").replace("`images`", "`export_images`")
+        raise type(error)(named) from error
+
+
+def _export(options: TrainingOptions, features: Path) -> None:
+    assert options.export is not None
+    path = export_folder(options.output_dir, options.export)
+    teacher, images = _export_source(options)
+    export_text_image(options.output_dir, path, teacher=teacher, features=features, images=images)
+    logger.info("a model of sentences and images is in %s", path)
 
 
 def changes_since_start(options: TrainingOptions, checksums: Mapping[str, str] | None = None) -> list[str]:
@@ -259,10 +320,11 @@ def _state_of(checkpoint: Path) -> TrainerState:
 
 def _check_converged(trainer: KDMCSETrainer) -> None:
     for entry in trainer.state.log_history:
-        if METRIC in entry and not math.isfinite(entry[METRIC]):
+        broken = [what for key, what in _SCORES.items() if not math.isfinite(entry.get(key, 0))]
+        if broken:
             raise ValueError(
-                f"training diverged: the score on STS-B dev at step {entry['step']} is not a number; train again with "
-                "a smaller `lr`"
+                f"training diverged: {broken[0]} at step {entry['step']} is not a number; train again with a smaller "
+                "`lr`"
             )
 
 
@@ -280,9 +342,11 @@ def _load_best(
     model: SentenceTransformer = trainer.model
     # Every evaluation has written its scores into the card, the latest last: those of the best step go there again.
     test = sts_evaluator(inputs.test, "sts-test")
-    dev_by_size, test_by_size = (spearman_by_size(each, model, sizes) for each in (evaluator, test))
-    by_size = {size: (dev_by_size[size], test_by_size[size]) for size in sizes}
-    scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size)
+    with trainer.around_files():  # as it is saved
+        dev_by_size, test_by_size = (spearman_by_size(each, model, sizes) for each in (evaluator, test))
+        by_size = {size: (dev_by_size[size], test_by_size[size]) for size in sizes}
+        metric = inputs.metric.score(model) if inputs.metric else None
+        scores = BestScores(spearman(evaluator, model), spearman(test, model), by_size, metric)
     model.model_card_data.set_best_model_step(best.step)
     return scores
 
@@ -293,6 +357,7 @@ def _save(trainer: KDMCSETrainer, output_dir: Path, last: Path | None) -> None:
     def save(folder: Path) -> None:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that loading does not need
+        (folder / LORA_NAME).unlink(missing_ok=True)  # merged into the weights
 
     save_into(output_dir, save)
     if last is not None:

@@ -10,10 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from st_kdmcse.files import LOCK, read_json, write_folder
+from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.precision import bfloat16_is_faster, no_bfloat16
 from st_kdmcse.processes import device_type
 from st_kdmcse.provenance import differences
 from st_kdmcse.training.checkpoints import RECORD_NAME, checkpoints_in, writing
+from st_kdmcse.training.lora import LORA_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,15 @@ _STATE_FILES = (
     "trainer_state.json",
     "training_args.bin",
     RECORD_NAME,
+    LORA_NAME,
 )
 
 # Options that may differ between a run and its resumption: they do not change what is computed, or their content is
 # compared.
 _FREE_TO_CHANGE = frozenset(
     {"resume", "report_to", "run_name", "push_to_hub", "private", "output_dir", "workers", "save_steps"}
-    | {"text", "features", "extraction", "eval_data", "exclude_images", "exclude_overlap"}
+    | {"text", "features", "extraction", "eval_data", "nanobeir_data", "exclude_images", "exclude_overlap"}
+    | {"gradient_checkpointing", "export", "export_teacher", "export_images"}
 )
 _DAMAGED = "remove its folder and train again"
 
@@ -73,6 +77,26 @@ def check_output_dir(output_dir: Path, resume: bool, extracts: bool) -> None:
         elif found == {FEATURES_NAME}:
             remedy = f"move the converted features out of it and give them as `features`, or {remedy}"
         raise ValueError(f"`output_dir` {output_dir} is not empty: {remedy}")
+
+
+def export_folder(output_dir: Path, export: Path) -> Path:
+    """Where a run exports its model of sentences and images to.
+
+    Args:
+        output_dir: the folder of the run.
+        export: from there on.
+
+    Raises:
+        ValueError: if the run needs that folder for something else.
+    """
+    path = output_dir / export
+    own = [
+        output_dir,
+        *(output_dir / name for name in (CHECKPOINTS_NAME, EVENTS_NAME, FEATURES_NAME, LAST_NAME, HEADS_DIR)),
+    ]
+    if path.resolve() in [each.resolve() for each in own]:
+        raise ValueError(f"`export` {path} is a folder of the run itself: choose another")
+    return path
 
 
 def precision_to_resume(output_dir: Path, bf16: bool | None) -> bool | None:

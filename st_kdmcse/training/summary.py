@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,9 +13,11 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from st_kdmcse.processes import peak_memory_mib
 from st_kdmcse.provenance import device_name, versions
-from st_kdmcse.training.checkpoints import METRIC
+from st_kdmcse.training.checkpoints import METRIC, SCORE, best_step
 from st_kdmcse.training.inputs import TrainingInputs
+from st_kdmcse.training.metric import Metric, metric_name
 from st_kdmcse.training.options import TrainingOptions
+from st_kdmcse.training.student import pooling_of
 from st_kdmcse.training.thresholds import BranchFilter
 from st_kdmcse.training.trainer import KDMCSETrainer
 
@@ -25,14 +27,16 @@ class BestScores:
     """Spearman correlations of the best model, from -1 to 1, in float32 whatever it was trained in.
 
     Attributes:
-        dev: on STS-B dev, which chose it.
+        dev: on STS-B dev, which chose it where there is no other metric.
         test: on STS-B test.
         by_size: both of embeddings that are cut to a size, by that size, the largest first.
+        metric: of the metric that chose it, whatever its scale; None for STS-B dev.
     """
 
     dev: float
     test: float
     by_size: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    metric: float | None = None
 
 
 def run_record(
@@ -45,8 +49,10 @@ def run_record(
         checksums: SHA-256 of its data by name.
         arguments: those of the trainer.
     """
+    plain = asdict(replace(options, metric=None, nanobeir_data=None))
+    plain |= {"metric": metric_name(options.metric), "nanobeir_data": options.nanobeir_data}
     return {
-        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "options": json.loads(json.dumps(plain, default=str)),
         "processes": arguments.world_size,
         "bf16": arguments.bf16,
         "batch_size": arguments.per_device_train_batch_size,
@@ -77,7 +83,7 @@ def training_summary(
     """
     history = trainer.state.log_history
     curve = [{"step": entry["step"], "spearman": entry[METRIC]} for entry in history if METRIC in entry]
-    best = max(curve, key=lambda point: point["spearman"], default=None)
+    best = next((point for point in curve if point["step"] == best_step(history)), None)
     cuda = torch.cuda.is_available()
     precision = "bfloat16" if trainer.args.bf16 else "float32"
     return {
@@ -85,6 +91,7 @@ def training_summary(
         "recipe": options.recipe,
         "config": trainer.head_losses[0].get_config_dict(),
         "options": run["options"],
+        "pooling": pooling_of(trainer.model),
         "batch_size": trainer.args.per_device_train_batch_size,
         "learning_rate": trainer.args.learning_rate,
         "head_learning_rate": options.head_learning_rate or trainer.args.learning_rate,
@@ -108,6 +115,7 @@ def training_summary(
         "sts_by_size": [
             {"size": size, "dev": dev, "test": test} for size, (dev, test) in (scores.by_size if scores else {}).items()
         ],
+        "metric": inputs.metric and _of_metric(inputs.metric, history, run, scores),
         "losses": [entry for entry in history if "loss" in entry],
         "train_seconds": round(seconds, 1),
         "resumed": options.resume,
@@ -118,4 +126,17 @@ def training_summary(
         "device": device_name(),
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _of_metric(
+    metric: Metric, history: Sequence[Mapping[str, Any]], run: Mapping[str, Any], scores: BestScores | None
+) -> dict[str, Any]:
+    """Name and scores of the metric that chose the best model."""
+    return {
+        "name": metric.name,
+        "primary_metric": metric.evaluator.primary_metric,
+        "before": run.get("metric_before"),
+        "curve": [{"step": entry["step"], "score": entry[SCORE]} for entry in history if SCORE in entry],
+        "of_best": scores and scores.metric,
     }

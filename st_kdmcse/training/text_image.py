@@ -19,7 +19,8 @@ from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.encoding import load_model
 from st_kdmcse.files import read_json, write_folder
 from st_kdmcse.losses.heads import HEADS_DIR, ProjectionHead, load_head
-from st_kdmcse.teachers import CLIPTeacher
+from st_kdmcse.teachers import CLIPTeacher, SentenceTransformerTeacher
+from st_kdmcse.teachers.load import kind_of_teacher
 from st_kdmcse.training.run_folder import FEATURES_NAME, RUN_NAME, SUMMARY_NAME
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,12 @@ PUBLISHED = {
 }
 """Models of Hugging Face with the weights of teachers of open_clip."""
 
-_OF_TRANSFORMERS = "transformers:"
+_TRANSFORMERS, _SENTENCE_TRANSFORMERS = "transformers:", "sentence-transformers:"
 _COMPARED_IMAGES = 8
 _LEAST_COSINE = 0.99
 _CARD = "README.md"
 _REMEDY = "restore it, or train again"
+_COMBINED = " + "  # between the teachers of images and texts
 
 
 def export_text_image(
@@ -56,8 +58,9 @@ def export_text_image(
     Args:
         run: folder of a run of ``mcse`` or ``kdmcse``.
         path: folder for the model; it must be absent or empty.
-        teacher: the CLIP or SigLIP model of Hugging Face that gave the features, by its name on the hub or its folder;
-            None is the one that the features name, or the published model of the same weights (:data:`PUBLISHED`).
+        teacher: the CLIP or SigLIP model of Hugging Face that gave the features, by its name on the hub or its folder,
+            or ``sentence-transformers:NAME``; None is the one that the features name, or the published model of the
+            same weights (:data:`PUBLISHED`).
         features: the feature store of the run; None is where the run found it.
         images: folder of the images of the features. Some are encoded and compared with the store: needed where the
             store does not tell that its teacher is this model.
@@ -72,28 +75,80 @@ def export_text_image(
             ``path`` is not empty; nothing is written then.
     """
     run, path = Path(run), Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"`path` {path} is not empty: choose another folder")
+    check_folder_is_free(path)
     trained = _trained(run)
     grounding, of_images = load_head(run / HEADS_DIR, "grounding"), load_head(run / HEADS_DIR, "teacher_image")
     store = _features(run, trained, features)
+    tower = open_tower(store, teacher, images, device)
+    model = text_image_model(load_model(str(run), device), grounding, tower, of_images, store.normalized)
+    write_folder(path, lambda folder: _save(model, folder, run, store, tower.name))
+    return model
+
+
+def check_folder_is_free(path: Path) -> None:
+    """Refuse a folder that a model cannot be written to.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: if it is a file, or not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty: choose another folder")
+
+
+class ImageTower(NamedTuple):
+    """The teacher of the images of a run, as modules of sentence-transformers.
+
+    Attributes:
+        name: of the teacher, with a hash of its weights.
+        modules: from images to their features.
+        dim: T, the width of the features.
+    """
+
+    name: str
+    modules: list[nn.Module]
+    dim: int
+
+
+def open_tower(
+    store: FeatureStore, teacher: str | None = None, images: str | Path | None = None, device: str | None = None
+) -> ImageTower:
+    """Load the teacher of a store's images, after a look at whether it is that.
+
+    Args:
+        store: the features of a training.
+        teacher: as for :func:`export_text_image`.
+        images: folder of the images, as there.
+        device: of the comparison.
+
+    Raises:
+        FileNotFoundError: if there is no such model, or an image is missing.
+        ValueError: if it is another teacher, or one that stock modules cannot be made of; says why.
+    """
     name = teacher or _published(store)
-    encoder = CLIPTeacher(name, device=device, precision="float32")
-    if encoder.dim != of_images.dense.in_features:
+    kind, source = _kind(name)
+    if kind == "transformers":
+        encoder: CLIPTeacher | SentenceTransformerTeacher = CLIPTeacher(source, device=device, precision="float32")
+        modules: list[nn.Module] = [Transformer(source, model_kwargs={"dtype": torch.float32})]
+    else:
+        encoder = SentenceTransformerTeacher(source, device=device, precision="float32")
+        modules = _image_route(encoder, name)
+    combined = _COMBINED in store.teacher
+    if encoder.dim != store.dim and not (combined and encoder.dim < store.dim):
         raise ValueError(
-            f"the teacher {name} has features of width {encoder.dim}, the heads in {run / HEADS_DIR} take "
-            f"{of_images.dense.in_features}: give the teacher of the training, {store.teacher}, as `teacher`"
+            f"the teacher {name} has features of width {encoder.dim}, those of the training are of width {store.dim}: "
+            f"give the teacher of the training, {store.teacher}, as `teacher`"
         )
     _check_identity(encoder, name, store, None if images is None else Path(images))
-    model = text_image_model(load_model(str(run), device), grounding, name, of_images, store.normalized)
-    write_folder(path, lambda folder: _save(model, folder, run, store, encoder.name))
-    return model
+    return ImageTower(encoder.name, modules, encoder.dim)
 
 
 def text_image_model(
     student: SentenceTransformer,
     grounding: ProjectionHead,
-    teacher: str,
+    tower: ImageTower,
     teacher_image: ProjectionHead,
     normalized: bool,
 ) -> SentenceTransformer:
@@ -102,11 +157,11 @@ def text_image_model(
     Args:
         student: the trained encoder; it is not changed, and shares its parameters with the result.
         grounding: its head.
-        teacher: a CLIP or SigLIP model of Hugging Face: name on the hub or folder.
+        tower: the teacher of the images.
         teacher_image: the head of its image features.
         normalized: whether the features of the training had length 1.
     """
-    images = [Transformer(teacher), *([Normalize()] if normalized else []), dense_layer(teacher_image)]
+    images = [*tower.modules, *([Normalize()] if normalized else []), dense_layer(teacher_image, tower.dim)]
     router = Router({"text": [*student, dense_layer(grounding)], "image": images}, default_route="text")
     model = SentenceTransformer(
         modules=[router, Normalize()],
@@ -119,10 +174,17 @@ def text_image_model(
     return model
 
 
-def dense_layer(head: ProjectionHead) -> Dense:
-    """A head as a stock module, with a copy of its parameters."""
-    layer = Dense(head.dense.in_features, head.dense.out_features, activation_function=nn.Tanh())
-    layer.linear.load_state_dict(head.dense.state_dict())
+def dense_layer(head: ProjectionHead, width: int | None = None) -> Dense:
+    """A head as a stock module, with a copy of its parameters.
+
+    Args:
+        head: the head.
+        width: of what it takes, where the features of the training were filled up with zeros (as those of a teacher
+            are that another one for the texts is wider than); None is all.
+    """
+    weight = head.dense.weight[:, :width]
+    layer = Dense(weight.shape[1], head.dense.out_features, activation_function=nn.Tanh())
+    layer.linear.load_state_dict({"weight": weight, "bias": head.dense.bias})
     return layer
 
 
@@ -162,9 +224,10 @@ def _features(run: Path, trained: _Trained, given: str | Path | None) -> Feature
 
 def _published(store: FeatureStore) -> str:
     """The model of Hugging Face that a store names."""
-    source, _, _ = store.teacher.partition("@")
-    name = PUBLISHED.get(source, source.removeprefix(_OF_TRANSFORMERS))
-    if name == source or "/" not in name:
+    source, _, _ = _of_images(store).partition("@")
+    name = PUBLISHED.get(source, source)
+    on_hub = source in PUBLISHED or (source.startswith((_TRANSFORMERS, _SENTENCE_TRANSFORMERS)) and "/" in source)
+    if not on_hub:
         raise ValueError(
             f"the teacher of {store.path} is {store.teacher}, which names no model of the Hugging Face hub: give the "
             "folder or name of one with the same weights as `teacher`"
@@ -172,10 +235,44 @@ def _published(store: FeatureStore) -> str:
     return name
 
 
-def _check_identity(teacher: CLIPTeacher, name: str, store: FeatureStore, images: Path | None) -> None:
+def _of_images(store: FeatureStore) -> str:
+    """The name of the teacher that gave the features of the images."""
+    return store.teacher.split(_COMBINED)[0]
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """The library of a teacher that stock modules can be made of, and its name there."""
+    is_hub_name = ":" not in name and not Path(name).is_dir()
+    kind, source = ("transformers", name) if is_hub_name else kind_of_teacher(name)
+    if kind == "open_clip":
+        raise ValueError(
+            f"`teacher` {name} is a model of open_clip, of which no stock module can be made: give the model of "
+            "Hugging Face with the same weights"
+        )
+    return kind, source
+
+
+def _image_route(teacher: SentenceTransformerTeacher, name: str) -> list[nn.Module]:
+    """The modules of a model of sentence-transformers that images go through."""
+    model = teacher.model
+    if not teacher.knows_images:
+        raise ValueError(f"`teacher` {name} takes no images: give the teacher that gave the features of the images")
+    if model.truncate_dim is not None or model.default_prompt_name is not None:
+        what = "cuts its embeddings off" if model.truncate_dim is not None else "puts a prompt before its inputs"
+        raise ValueError(f"`teacher` {name} {what}, which its modules alone do not do: a stock model cannot be made")
+    first, *rest = model
+    if not isinstance(first, Router):
+        return [first, *rest]
+    by_name = "image" if "image" in first.sub_modules else first.default_route
+    return [*first.sub_modules[first.route_mappings.get((None, "image"), by_name)], *rest]
+
+
+def _check_identity(
+    teacher: CLIPTeacher | SentenceTransformerTeacher, name: str, store: FeatureStore, images: Path | None
+) -> None:
     """Refuse a teacher that did not give the features of a store."""
-    kind, _, weights = store.teacher.rpartition("@")
-    if kind.startswith(_OF_TRANSFORMERS):
+    kind, _, weights = _of_images(store).rpartition("@")
+    if kind.startswith((_TRANSFORMERS, _SENTENCE_TRANSFORMERS)):
         if teacher.name.rpartition("@")[2] != weights:
             raise ValueError(
                 f"{name} is not the teacher of {store.path}: its weights are {teacher.name}, those of the training "
@@ -195,7 +292,7 @@ def _check_identity(teacher: CLIPTeacher, name: str, store: FeatureStore, images
         found = teacher.encode_images(files, show_progress_bar=False)
     except ImageError as error:
         raise ValueError(f"an image to compare cannot be read: {error}") from error
-    stored = np.asarray(store.image_features[rows], dtype=np.float32)
+    stored = np.asarray(store.image_features[rows, : teacher.dim], dtype=np.float32)
     cosines = torch.cosine_similarity(torch.from_numpy(found), torch.from_numpy(stored))
     worst = int(cosines.argmin())
     if not cosines[worst] >= _LEAST_COSINE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from st_kdmcse.losses.heads import HEADS_DIR
 from st_kdmcse.training.card import describe_training
 from st_kdmcse.training.checkpoints import RECORD_NAME, RecordCheckpoints, check_files
 from st_kdmcse.training.collator import KDMCSEDataCollator
+from st_kdmcse.training.lora import load_lora, lora_merged, save_lora
 from st_kdmcse.training.schedule import ROW_COLUMN, StepRatioBatchSampler, pair_rows
 from st_kdmcse.training.student import views_differ
 from st_kdmcse.training.token_batches import TokenBatches
@@ -53,6 +54,7 @@ class KDMCSETrainer(HookedTrainer):
     - **Heads** are saved in each checkpoint (folder ``heads``), restored by ``resume_from_checkpoint`` and
       ``load_best_model_at_end``, counted in gradient clipping, and kept equal between processes under DDP.
     - **Checkpoints** get a record of their files (``checksums.json``), and one that is damaged is not resumed from.
+    - **LoRA** of :func:`~st_kdmcse.training.lora.add_lora` is saved merged into a stock model, and resumed exactly.
     - **Sentences** are tokenized once, ahead of training, into a memory-mapped file that later runs use again. Where
       such a batch would differ from the collator's, the collator makes it.
     - **Padding** is left out of what the student computes where its encoder allows that, see
@@ -264,9 +266,13 @@ class KDMCSETrainer(HookedTrainer):
 
     def save_weights(self, path: str | Path) -> None:
         """Save student and heads, without the state of training, for :meth:`load_checkpoint`."""
-        self.model.save_pretrained(str(path), create_model_card=False)
-        for folder, loss in self._head_paths(path):
-            loss.save_heads(folder)
+        with self.around_files():
+            self.model.save_pretrained(str(path), create_model_card=False)
+        self._save_beside(Path(path))
+
+    def around_files(self) -> AbstractContextManager[object]:
+        """Save and load a stock model, with the updates of LoRA merged into it."""
+        return lora_merged(self.model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward; averages the heads' gradients between processes, as DDP does with the student's."""
@@ -322,23 +328,28 @@ class KDMCSETrainer(HookedTrainer):
         return [*model.parameters(), *self.head_parameters]
 
     def save_extra(self, directory: Path) -> None:
-        """Save the heads, and tell about them in the model card."""
-        for path, loss in self._head_paths(directory):
-            loss.save_heads(path)
+        """Save the heads and the updates of LoRA, and tell about the heads in the model card."""
+        self._save_beside(directory)
         wrappers = [module for module in self._loss_modules if isinstance(module, MatryoshkaLoss)]
         describe_training(directory, self.head_losses, wrappers[0].matryoshka_dims if wrappers else ())
 
     def load_extra(self, directory: Path) -> None:
-        """Load the heads, if no file of the folder is missing or damaged, as far as it has a record of them."""
+        """Load the heads and the updates of LoRA, if no file that the folder has a record of is missing or damaged."""
         if (directory / RECORD_NAME).is_file():
             check_files(directory)
         for path, loss in self._head_paths(directory):
             loss.load_heads(path)
+        load_lora(self.model, directory)
 
     def checkpoint_loaded(self) -> None:
         """Tell the losses that their heads are those of the student."""
         for loss in self.head_losses:
             loss.heads_fit()
+
+    def _save_beside(self, directory: Path) -> None:
+        for path, loss in self._head_paths(directory):
+            loss.save_heads(path)
+        save_lora(self.model, directory)
 
     def _head_paths(self, directory: str | Path) -> list[tuple[Path, TwoViewLoss]]:
         losses = self.head_losses
@@ -399,9 +410,13 @@ class _Prepare(TrainerCallback):
         self.trainer.broadcast_heads()
         self.trainer.forget_divergence()
         if not args.torch_compile and not views_differ(self.trainer.model):
+            config = self.trainer.model.config
+            options = [] if config is None else [name for name in config.to_dict() if "dropout" in name]
             logger.warning(
-                "the student has no dropout: both views of a sentence are equal, and the text loss teaches next to "
-                "nothing. Set a dropout in its config.json, such as hidden_dropout_prob, or take another encoder"
+                "the student%s has no dropout: both views of a sentence are equal, and the text loss teaches next to "
+                "nothing. Set one in its config.json%s, or take another encoder",
+                "" if config is None else f" (a {config.model_type})",
+                f" ({', '.join(options)})" if options else "",
             )
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:

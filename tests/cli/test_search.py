@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse import KDMCSELoss, build_student
+from st_kdmcse import build_student
 from st_kdmcse.cli.main import main
 from st_kdmcse.cli.search import RESULT_COLUMNS
 from st_kdmcse.cli.search_options import SizeType
@@ -95,7 +95,25 @@ def test_build_with_options(tmp_path, model, sentences):
     info = json.loads(run("index", "info", tmp_path / "index", "--json").stdout)
     assert (info["factory"], info["rows"], info["checksums"]) == ("IVF4,Flat", 200, "ok")
     assert info["model"]["name"] == str(model)
+    assert (info["tuning"]["source"], info["tuning"]["met"]) == ("rows", False)  # 20 queries show no recall of 0.9
     assert SemanticIndex.load(tmp_path / "index").get(["200"])[0].text == sentences[199]
+
+
+def test_build_with_queries_to_tune_on(tmp_path, model, sentences):
+    path, queries, out = tmp_path / "sentences.txt", tmp_path / "queries.txt", tmp_path / "index"
+    path.write_text("\n".join(sentences))
+    arguments = ["index", "build", path, "--model", model, "--out", out, "--factory", "IVF4,Flat"]
+    assert "queries.txt" in fails(*arguments, "--tune-queries", queries)
+    queries.write_text("\n")
+    assert "queries.txt has no text" in fails(*arguments, "--tune-queries", queries)
+    queries.write_text("\n".join(f"{each} again" for each in sentences))
+    done = run(*arguments, "--tune-queries", queries, "--recall-target", "0.8")
+    assert done.exit_code == 0, done.output
+    shown = run("index", "info", out).stdout
+    assert re.search(
+        r"recall +[01]\.\d+ \(0\.\d+ to [01]\.\d+ with 99 % confidence\) on \d+ queries with nprobe", shown
+    )
+    assert "target 0.8: met" in shown
 
 
 def test_search_is_that_of_the_index(index, model):
@@ -382,17 +400,40 @@ def test_sizes():
     ]
 
 
-def test_images_are_indexed_and_found(tmp_path, student, store):
-    student.save_pretrained(str(tmp_path / "model"))
-    KDMCSELoss(student, features=store).save_heads(tmp_path / "model" / "heads")
-    made = run("index", "images", store.path, "--model", tmp_path / "model", "--out", tmp_path / "index")
+def test_images_are_indexed_and_found(tmp_path, student, tiny_multimodal, photos):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos:
+        shutil.copy(photo, folder)
+    made = run("index", "images", folder, "--model", tiny_multimodal, "--out", tmp_path / "index")
     assert made.exit_code == 0, made.output
-    assert f"24 images of {store.path} are in {tmp_path / 'index'}" in made.stdout
+    assert f"12 images of {folder} are in {tmp_path / 'index'}" in made.stdout
     found = json.loads(run("search", tmp_path / "index", "a dog", "-k", "3", "--json").stdout)
-    assert {each["id"] for each in found["results"]} <= {image for image, _ in store.captions()}
-    refused = run("index", "images", store.path, "--model", tmp_path / "model", "--heads", tmp_path, "--out", "x")
+    assert {each["id"] for each in found["results"]} <= {photo.name for photo in photos}
+    found = json.loads(run("search", tmp_path / "index", "--image", photos[4], "-k", "2", "--json").stdout)
+    assert found["image"] == str(photos[4])
+    assert (found["results"][0]["id"], found["results"][0]["score"]) == (photos[4].name, pytest.approx(1, abs=1e-5))
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for arguments, message in (
+        (["search", tmp_path / "index", "--image", tmp_path / "broken.jpg"], "broken.jpg cannot be decoded"),
+        (["search", tmp_path / "index", "--image", tmp_path / "none.jpg"], "none.jpg does not exist"),
+        (["search", tmp_path / "index", "a dog", "--image", photos[0]], "--image goes without a query"),
+        (["index", "images", folder, "--images", folder, "--model", "x", "--out", "y"], "is none"),
+    ):
+        refused = run(*arguments)
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
+    student.save_pretrained(str(tmp_path / "model"))
+    refused = run("index", "images", folder, "--model", tmp_path / "model", "--out", tmp_path / "other")
     assert refused.exit_code == 2
-    assert "heads.safetensors does not exist" in refused.stderr
+    assert "encodes no images: make one of sentences and images of its run with st-kdmcse export" in refused.stderr
+    run("index", "build", write_lines(tmp_path, "a dog"), "--model", tmp_path / "model", "--out", tmp_path / "texts")
+    refused = run("search", tmp_path / "texts", "--image", photos[0])
+    assert "the model of this index encodes no images" in refused.stderr
+
+
+def write_lines(folder, *lines):
+    (folder / "lines.txt").write_text("\n".join(lines) + "\n")
+    return folder / "lines.txt"
 
 
 def test_a_model_that_has_gone_can_be_named_anew(tmp_path, student):

@@ -1,5 +1,6 @@
 import pandas as pd
 import pytest
+from small_runs import CHINESE, GERMAN, write_multilingual
 
 from st_kdmcse.data.sts import STS_TASKS, load_sts_benchmark, load_sts_tasks
 
@@ -152,6 +153,30 @@ def test_parquet_folder(tmp_path):
     )
     assert load_sts_benchmark(str(folder), "test").scores == [1.0, 2.0]
     assert load_sts_benchmark(folder, "train").scores == [0.0, 2.5, 5.0]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_other_languages(tmp_path, ending):
+    folder = write_multilingual(tmp_path / "stsb_multi_mt", {"de": GERMAN, "zh": CHINESE}, ending)
+    for language, pairs in (("de", GERMAN), ("zh", CHINESE)):
+        for source in (folder / language, str(folder / language), f"{folder}:{language}"):
+            for split in ("train", "dev", "test"):
+                found = load_sts_benchmark(source, split)
+                assert list(zip(found.sentences1, found.sentences2, found.scores, strict=True)) == pairs
+    with pytest.raises(ValueError, match=r"name one, as .*stsb_multi_mt:CONFIG .*'de', 'zh'"):
+        load_sts_benchmark(str(folder), "dev")
+    with pytest.raises(ValueError, match=r"stsb_multi_mt:nl could not be read: .*nl"):
+        load_sts_benchmark(f"{folder}:nl", "dev")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere:de"):
+        load_sts_benchmark(f"{tmp_path / 'nowhere'}:de", "dev")
+    with pytest.raises(ConnectionError, match="nobody/stsb:de did not load from the hub"):
+        load_sts_benchmark("nobody/stsb:de", "dev")
+
+
+def test_other_languages_in_the_layout_of_senteval(tmp_path):
+    rows = "".join(f"main\tdatei\t2012\t{n}\t{gold}\t{a}\t{b}\n" for n, (a, b, gold) in enumerate(GERMAN))
+    (tmp_path / "sts-dev.csv").write_text(rows, encoding="utf-8")
+    assert load_sts_benchmark(tmp_path, "dev").sentences1[1] == "Ein Mann spielt eine große Flöte."
 
 
 def test_parquet_folder_errors(tmp_path):

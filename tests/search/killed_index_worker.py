@@ -20,7 +20,6 @@ from helpers import WORDS
 
 from st_kdmcse import build_student
 from st_kdmcse.search import SemanticIndex, TextRecord, build_index
-from st_kdmcse.search.model_check import OWN_MODEL
 from st_kdmcse.search.storage import is_index
 
 ROWS, ADDED = 120, 30
@@ -43,9 +42,8 @@ def add(model, path):
 
 
 def save(model, path):
-    """Save a new index with its model in it, as one of images has."""
-    backend = SemanticIndex.build(model, TEXTS[:8]).backend
-    SemanticIndex(backend, model, OWN_MODEL).save(path)
+    """Save a new index."""
+    SemanticIndex.build(model, TEXTS[:8]).save(path)
 
 
 def check(model, path):

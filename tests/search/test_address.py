@@ -1,6 +1,6 @@
 import pytest
 
-from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
+from st_kdmcse.search.address import MilvusAddress, MilvusOptions, open_backend, parse_address
 from st_kdmcse.search.base import NewRows
 from st_kdmcse.search.storage import write_index
 
@@ -22,6 +22,14 @@ def test_addresses_of_milvus(address, uri, collection):
     parsed = parse_address(address)
     assert parsed == MilvusAddress(uri, collection)
     assert parse_address(str(parsed)) == parsed
+
+
+def test_options_of_a_server():
+    address = "milvus://db/wiki?index=IVF_PQ&consistency=Session&index.nlist=8&index.m=4&search.nprobe=3&search.x=a%26b"
+    parsed = parse_address(address)
+    assert parsed.options == MilvusOptions("IVF_PQ", (("nlist", 8), ("m", 4)), (("nprobe", 3), ("x", "a&b")), "Session")
+    assert parse_address(str(parsed)) == parsed
+    assert str(parse_address("milvus://db/wiki?index=HNSW")) == "milvus://db:19530/wiki?index=HNSW"
 
 
 @pytest.mark.parametrize("directory", ["wiki", "./a b", "/data/index", "milvus", "milvus/wiki", "C:/index"])
@@ -49,6 +57,11 @@ def test_everything_else_is_a_directory(tmp_path, directory):
         ("milvus:///data/index.db?collection=", "which collection"),
         ("milvus:///data/index.db?collection=a&collection=b", "which collection"),
         ("milvus:///data/index.db?colection=a", "unknown option 'colection'"),
+        ("milvus:///data/index.db?collection=a&index=HNSW", "unknown option 'index'.*of a server"),
+        ("milvus://localhost/wiki?indx=HNSW", "unknown option 'indx': there are index=TYPE, index.NAME=VALUE"),
+        ("milvus://localhost/wiki?search.=1", "unknown option 'search.'"),
+        ("milvus://localhost/wiki?index=HNSW&index=FLAT", "index takes one value"),
+        ("milvus://localhost/wiki?consistency=strong", "expected one of Strong, Session, Bounded, Eventually"),
         ("milvus:///data/index?collection=a", "ends in .db"),
         ("milvus+https:///data/index.db?collection=a", "expected"),
         ("milvus:///data/in#dex.db?collection=a", "%23"),

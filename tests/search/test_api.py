@@ -184,7 +184,7 @@ def test_the_description_fits_what_is_answered(index):
             },
             "/api/items/{id}": {"get": client.get("/api/items/a")},
         }
-    assert set(described["paths"]) == {*answers, "/api/info", "/thumbnail"}
+    assert set(described["paths"]) == {*answers, "/api/info", "/api/search/image", "/thumbnail"}
     schemas = described["components"]["schemas"]
     for path, methods in answers.items():
         assert set(described["paths"][path]) == set(methods)

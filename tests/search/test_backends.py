@@ -86,8 +86,28 @@ class Milvus:
         return MilvusBackend(self.file, name)
 
 
-@pytest.fixture(scope="module", params=[Faiss, Milvus])
+class Server:
+    """How the tests make Milvus backends on a server."""
+
+    def __init__(self, uri):
+        self.uri = uri
+
+    def new(self, name):
+        from st_kdmcse.search.milvus_backend import MilvusBackend
+
+        return MilvusBackend(self.uri, name, dim=DIM, create=True)
+
+    def reopened(self, backend, name):
+        from st_kdmcse.search.milvus_backend import MilvusBackend
+
+        backend.close()
+        return MilvusBackend(self.uri, name)
+
+
+@pytest.fixture(scope="module", params=[Faiss, Milvus, pytest.param(Server, marks=pytest.mark.milvus_server)])
 def engine(request, tmp_path_factory):
+    if request.param is Server:
+        return Server(request.getfixturevalue("milvus_server").uri)
     return request.param(tmp_path_factory.mktemp("backends"))
 
 

@@ -7,15 +7,14 @@ import pytest
 
 from st_kdmcse.search.base import unit_rows
 from st_kdmcse.search.factory import (
+    Reordered,
     build_faiss,
     choose_factory,
-    held_out_count,
-    held_out_swaps,
     new_index,
     size_text,
     train,
 )
-from st_kdmcse.search.tuning import exact_search, get_effort
+from st_kdmcse.search.tuning import confidence_interval, exact_search, get_effort, rows_as_queries
 
 GIB = 1 << 30
 
@@ -78,15 +77,89 @@ def test_what_does_not_fit_or_exist_is_refused():
         build_faiss(np.eye(4, dtype=np.float32), "Flat", recall_target=1.5)
 
 
-def test_held_out_rows_are_drawn_from_all():
-    swaps = held_out_swaps(1000)
-    order = np.array([swaps.get(row, row) for row in range(1000)])
-    assert sorted(order) == list(range(1000))
-    assert (order[order] == np.arange(1000)).all()
-    drawn = order[-held_out_count(1000) :]
-    assert len(drawn) == 100
-    assert 300 < drawn.mean() < 700
-    assert held_out_swaps(9) == {}
+def test_rows_that_come_last_change_places_with_those_at_the_end():
+    vectors = np.arange(20)[:, None]
+    ordered = Reordered(vectors, [3, 7, 18])
+    assert set(ordered[17:20].ravel()) == {3, 7, 18}
+    assert (ordered.order[ordered.order] == np.arange(20)).all()
+    assert {here: int(ordered.order[here]) for here in ordered.swaps} == ordered.swaps
+    assert Reordered(vectors).swaps == {}
+
+
+def clustered(count, seed, dim=24):
+    generator, centres = np.random.default_rng(seed), np.random.default_rng(99).normal(size=(100, dim))
+    return unit_rows(centres[generator.integers(0, 100, count)] + 0.7 * generator.normal(size=(count, dim)))
+
+
+def with_copies(vectors, copies, noise=0.3):
+    """Each row and noisy copies of it, shuffled."""
+    generator = np.random.default_rng(7)
+    noisy = [unit_rows(vectors + noise / 24**0.5 * generator.normal(size=vectors.shape)) for _ in range(copies)]
+    return generator.permutation(np.concatenate([vectors, *noisy]))
+
+
+def test_rows_as_queries_leave_their_near_copies_out():
+    plain, copied = clustered(20_000, 0), with_copies(clustered(4_000, 0), 4)
+    few, many = rows_as_queries(plain), rows_as_queries(copied)
+    assert len(few) >= 500
+    assert len(few.absent) <= 4000
+    assert len(many.absent) <= 4000
+    assert len(many.absent) / len(many) > 4.5, "each with its copies"
+    assert len(few.absent) / len(few) < 3
+    left = np.delete(copied, many.absent, axis=0)
+    expected, _ = exact_search(left, many.queries, 10)
+    assert many.worst_accepted == pytest.approx(expected[:, -1:], abs=1e-4)
+    assert (expected[:, 0] < 0.93).mean() > 0.95, "what is left is no copy"
+    assert rows_as_queries(plain[:9]) is None
+
+
+@pytest.mark.parametrize("factory", ["IVF128,Flat", "IVF128,PQ12x4fs,RFlat", "HNSW8"])
+def test_copies_do_not_flatter_the_recall(factory):
+    everything = clustered(5_000, 0)
+    corpus, unseen = with_copies(everything[:4_000], 4), everything[4_000:]
+    built = build_faiss(corpus, factory, recall_target=0.9)
+    ordered = corpus[built.order]
+    expected, _ = exact_search(ordered, unseen, 10)
+    _, found = built.index.search(unseen, 10)
+    scores = np.einsum("qd,qkd->qk", unseen, ordered[found])
+    recall = (scores >= expected[:, -1:] - 1e-5).mean()
+    assert built.tuning.met
+    assert built.tuning.low >= 0.9
+    assert recall >= 0.9
+
+
+def test_the_confidence_interval_holds_the_truth():
+    generator = np.random.default_rng(0)
+    for mean in (0.5, 0.9, 0.99):
+        held = 0
+        for _ in range(300):
+            of_query = generator.beta(mean * 4, (1 - mean) * 4, size=500)
+            low, high = confidence_interval(np.round(generator.binomial(10, of_query) / 10, 1))
+            assert high - low < 0.12
+            held += low <= mean <= high
+        assert held >= 288
+    low, high = confidence_interval(np.ones(100))
+    assert (0.93 < low < 0.95, round(high, 9)) == (True, 1.0)
+
+
+def test_queries_of_the_users_are_what_it_is_tuned_on(caplog):
+    vectors, queries = clustered(5_000, 0), clustered(600, 1)
+    built = build_faiss(vectors, "IVF64,Flat", 0.9, tune_queries=queries)
+    assert (built.tuning.source, built.tuning.queries, built.tuning.near_copies) == ("queries", 600, None)
+    assert built.tuning.met
+    assert built.swaps == {}
+    few = build_faiss(vectors, "IVF64,Flat", 0.99, tune_queries=queries[:20]).tuning
+    assert not few.met
+    assert few.recall > 0.98
+    assert "leave open whether it is met: give more queries" in caplog.text
+    assert "NOT met" in str(few)
+
+
+def test_an_index_that_refines_takes_more_candidates_where_codes_are_in_the_way():
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(4000, 64)))
+    built = build_faiss(vectors, "IVF4,PQ8x4fs,RFlat", 0.8)
+    assert built.index.k_factor > 8
+    assert built.tuning.met
 
 
 def test_exact_search_in_blocks_equals_one_product():
@@ -104,15 +177,16 @@ def test_tuning_reaches_the_recall_on_clustered_data_with_no_more_search_than_ne
     centres = generator.normal(size=(100, 24))
     vectors = unit_rows(centres[generator.integers(0, 100, 6000)] + 0.7 * generator.normal(size=(6000, 24)))
     with caplog.at_level(logging.INFO, "st_kdmcse"):
-        low, measured_low = build_faiss(vectors, factory, recall_target=0.5)
-        high, measured_high = build_faiss(vectors, factory, recall_target=0.98)
-    assert measured_low.recall >= 0.5
-    assert measured_high.recall >= 0.98
+        built_low = build_faiss(vectors, factory, recall_target=0.5)
+        built_high = build_faiss(vectors, factory, recall_target=0.97)
+    (low, measured_low), (high, measured_high) = ((each.index, each.tuning) for each in (built_low, built_high))
+    assert measured_low.low >= 0.5
+    assert measured_high.low >= 0.97
     assert get_effort(low) == measured_low.value < measured_high.value == get_effort(high)
-    assert "measured recall@10" in caplog.text
+    assert "recall@10" in caplog.text
     assert high.ntotal == 6000
     queries = unit_rows(centres[generator.integers(0, 100, 300)] + 0.7 * generator.normal(size=(300, 24)))
-    _, expected = exact_search(vectors, queries, 10)
+    _, expected = exact_search(vectors[built_high.order], queries, 10)
     found = high.search(queries, 10)[1]
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, expected, strict=True)])
     assert recall == pytest.approx(measured_high.recall, abs=0.02)
@@ -120,7 +194,7 @@ def test_tuning_reaches_the_recall_on_clustered_data_with_no_more_search_than_ne
 
 def test_a_recall_out_of_reach_is_told(caplog):
     vectors = unit_rows(np.random.default_rng(0).normal(size=(3000, 32)))
-    _, measured = build_faiss(vectors, "IVF4,PQ4x4np", recall_target=0.99)
+    measured = build_faiss(vectors, "IVF4,PQ4x4np", recall_target=0.99).tuning
     assert measured.recall < 0.9
     assert "below 0.990" in caplog.text
 

@@ -1,8 +1,10 @@
 """The search page's application, asked over HTTP."""
 
+import asyncio
 import io
 import logging
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -18,8 +20,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from st_kdmcse import build_student
-from st_kdmcse.search import SemanticIndex
-from st_kdmcse.search.limits import Limits, RateLimit
+from st_kdmcse.search import SemanticIndex, index_images
+from st_kdmcse.search.limits import Limits, RateLimit, SharedTurns
 from st_kdmcse.search.server import LOCAL_HOSTS, create_app, is_local, listen
 
 HOSTILE = ["<script>document.title = 'taken'</script>", '<img src=x onerror="alert(1)"> & "quoted"']
@@ -111,8 +113,16 @@ def test_info(client, tiny_bert):
         "model": tiny_bert.name,
         "engine": "faiss",
         "index": "Flat",
-        "limits": {"query_characters": 1000, "results": 100, "requests_per_minute": 120, "waiting": 16, "queries": 64},
+        "limits": {
+            "query_characters": 1000,
+            "results": 100,
+            "requests_per_minute": 120,
+            "waiting": 16,
+            "queries": 64,
+            "image_bytes": 10 << 20,
+        },
         "images": False,
+        "image_queries": False,
     }
 
 
@@ -266,7 +276,37 @@ def test_searches_take_turns_and_not_too_many_wait(index, monkeypatch):
                 assert response.headers["Retry-After"] == "1"
             else:
                 assert [each["id"] for each in response.json()["results"]] == expected[query]
-    assert together == [1, 1, 1]
+    assert together == [1, 1], "those that waited are searched for together"
+
+
+def test_questions_of_one_kind_share_a_turn():
+    turns, gate, calls = SharedTurns(waiting=10, most=4), threading.Event(), []
+
+    def answer(items):
+        calls.append(items)
+        assert gate.wait(30)
+        if "wrong" in items:
+            raise ValueError(items)
+        return [each.upper() for each in items]
+
+    async def ask():
+        first = asyncio.ensure_future(turns.take(answer, ["first"], 0))
+        while not calls:
+            await asyncio.sleep(0)
+        asked = [(["a"], 1), (["b", "c"], 1), (["d"], 2), (["e", "f"], 1), (["g"], 1), (["wrong"], 3), (["h"], 3)]
+        others = [asyncio.ensure_future(turns.take(answer, items, kind)) for items, kind in asked]
+        left = asyncio.ensure_future(turns.take(answer, ["nobody waits for it"], 1))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    *found, error, last = asyncio.run(ask())
+    assert found == [["FIRST"], ["A"], ["B", "C"], ["D"], ["E", "F"], ["G"]]
+    assert isinstance(error, ValueError)
+    assert last == ["H"], "the error of another is not its own"
+    assert calls == [["first"], ["a", "b", "c", "g"], ["d"], ["e", "f"], ["wrong", "h"], ["h"]]
 
 
 def test_an_unexpected_error_shows_nothing_of_the_inside(index, monkeypatch, caplog):
@@ -496,3 +536,59 @@ class TestThumbnails:
         with TestClient(create_app(index, image_column="photo")) as client:
             assert client.get("/api/info").json()["images"] is False
         assert "gone" in caplog.text
+
+
+class TestSearchByImage:
+    @pytest.fixture(scope="class")
+    def index(self, tmp_path_factory, tiny_multimodal, photos):
+        folder = tmp_path_factory.mktemp("photos")
+        for photo in photos:
+            shutil.copy(photo, folder)
+        return index_images(folder, str(tiny_multimodal), tmp_path_factory.mktemp("of-images") / "index")
+
+    @pytest.fixture(scope="class")
+    def client(self, index):
+        with TestClient(create_app(index, limits=Limits(image_bytes=1 << 20))) as client:
+            yield client
+
+    def post(self, client, content, kind="image/jpeg", **params):
+        return client.post("/api/search/image", content=content, headers={"Content-Type": kind}, params=params)
+
+    def test_what_is_near_to_an_image(self, client, index, photos):
+        found = self.post(client, photos[3].read_bytes(), k=4).json()
+        (expected,) = index.search_images([photos[3]], k=4)
+        assert (found["query"], found["k"], len(found["results"])) == (None, 4, 4)
+        assert [(each["id"], each["score"]) for each in found["results"]] == [(hit.id, hit.score) for hit in expected]
+        assert found["results"][0]["thumbnail"] == f"/thumbnail?id={photos[3].name}"
+        only = self.post(client, photos[3].read_bytes(), filter=f"image!={photos[3].name}").json()["results"]
+        assert (len(only), photos[3].name in {each["id"] for each in only}) == (10, False)
+        assert client.get("/api/info").json()["image_queries"]
+
+    def test_what_is_refused(self, client, photos):
+        png = io.BytesIO()
+        Image.new("1", (8000, 8000)).save(png, "PNG")
+        tiff = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(tiff, "TIFF")
+        photo = photos[0].read_bytes()
+        assert "too large an image" in error(self.post(client, png.getvalue()), 422)
+        assert "no known image format" in error(self.post(client, tiff.getvalue()), 422)
+        assert "no known image format" in error(self.post(client, b"<svg/>"), 422)
+        assert "cannot be decoded" in error(self.post(client, photo[: len(photo) // 2]), 422)
+        assert "empty" in error(self.post(client, b""), 422)
+        assert "more than 1,048,576 bytes" in error(self.post(client, b"x" * ((1 << 20) + 1)), 413)
+        assert "more than 1,048,576 bytes" in error(self.post(client, (b"x" * 99_999 for _ in range(11))), 413)
+        assert "the request is no image" in error(self.post(client, photo, "text/plain"), 415)
+        assert "k: Input should be a valid integer" in error(self.post(client, photo, k="many"), 422)
+        assert "1 to 100 are possible" in error(self.post(client, photo, k=101), 422)
+        assert "did you mean 'image'?" in error(self.post(client, photo, filter="imaeg=x"), 422)
+        assert client.get("/api/search/image").status_code == 405
+
+    def test_searches_by_image_are_limited_like_others(self, index, photos):
+        with TestClient(create_app(index, limits=Limits(requests_per_minute=1))) as client:
+            assert self.post(client, photos[0].read_bytes()).status_code == 200
+            assert self.post(client, photos[0].read_bytes()).status_code == 429
+
+
+def test_an_index_whose_model_encodes_no_images(client, photos):
+    response = client.post("/api/search/image", content=photos[0].read_bytes(), headers={"Content-Type": "image/jpeg"})
+    assert "the model of this index encodes no images" in error(response, 422)

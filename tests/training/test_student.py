@@ -92,7 +92,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_full(tiny_bert, tmp_path):
 
 @pytest.mark.parametrize("length", [1, 65])
 def test_a_length_that_the_encoder_does_not_have_is_refused(tiny_bert, length):
-    with pytest.raises(ValueError, match="max_seq_length must be from 2 to the 64 positions"):
+    with pytest.raises(ValueError, match="`max_seq_length` must be from 2 to the 64 positions"):
         build_student(str(tiny_bert), max_seq_length=length)
 
 

@@ -1,6 +1,7 @@
 """A run as a stock model of sentences and images."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from click.testing import CliRunner
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from small_runs import options, write_data
-from teacher_models import make_tiny_clip, make_tiny_siglip
+from small_runs import flags, options, write_data
+from teacher_models import make_tiny_clip, make_tiny_multimodal, make_tiny_siglip
 
 from st_kdmcse import (
     FeatureStore,
@@ -26,7 +27,7 @@ from st_kdmcse import (
 from st_kdmcse.cli.main import main
 from st_kdmcse.evaluation.retrieval import evaluate_retrieval
 from st_kdmcse.losses.heads import load_head
-from st_kdmcse.teachers import CLIPTeacher
+from st_kdmcse.teachers import CLIPTeacher, CombinedTeacher, SentenceTransformerTeacher, load_teacher
 from st_kdmcse.training import TrainingOptions, train
 from st_kdmcse.training.retrieval import RetrievalHeads, image_text_retrieval
 from st_kdmcse.training.text_image import export_text_image
@@ -35,14 +36,17 @@ IMAGES = 12
 CAPTION = "a dog runs on the beach"
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip normalized"])
+@pytest.fixture(scope="module", params=["clip", "siglip normalized", "sentence-transformers"])
 def trained(request, tmp_path_factory, tiny_bert, sentences, store):
     """A folder with images, features of a teacher, and a run on them."""
     kind, normalized = request.param.split()[0], "normalized" in request.param
     folder = tmp_path_factory.mktemp("trained")
     write_data(folder, sentences, store)
-    make = {"clip": make_tiny_clip, "siglip": make_tiny_siglip}[kind]
-    teacher = CLIPTeacher(make(folder / "teacher"), precision="float32")
+    if kind == "sentence-transformers":
+        make_tiny_multimodal(folder / "teacher", make_tiny_clip(folder / "clip"))
+    else:
+        {"clip": make_tiny_clip, "siglip": make_tiny_siglip}[kind](folder / "teacher")
+    teacher = load_teacher(str(folder / "teacher"), precision="float32")
     run_of_images(folder, teacher, tiny_bert, normalized)
     return folder
 
@@ -129,7 +133,7 @@ def test_it_needs_nothing_of_this_package(trained, exported, tmp_path):
         assert np.abs(there["images"] - model.encode(pictures(trained))).max() < 1e-6
         assert np.abs(there["texts"] - model.encode([CAPTION, "a cat"])).max() < 1e-6
     card = (exported / "README.md").read_text()
-    assert "transformers:teacher@" in card
+    assert re.search("(sentence-)?transformers:teacher@", card)
     assert FeatureStore.open(trained / "of-images").checksum in card
 
 
@@ -186,6 +190,71 @@ def test_a_teacher_of_another_library_is_compared_on_images(tmp_path, tiny_bert,
     assert not (tmp_path / "out").exists()
     export_text_image(tmp_path / "run2", tmp_path / "out", teacher=str(clip), images=tmp_path / "images")
     assert SentenceTransformer(str(tmp_path / "out")).encode(pictures(tmp_path)).shape == (IMAGES, 256)
+
+
+def test_with_another_teacher_of_the_captions(tmp_path, tiny_bert, sentences, store):
+    write_data(tmp_path, sentences, store)
+    clip = CLIPTeacher(make_tiny_clip(tmp_path / "teacher"), precision="float32")
+    build_student(str(tiny_bert)).save_pretrained(str(tmp_path / "texts"))
+    texts = SentenceTransformerTeacher(tmp_path / "texts", precision="float32")
+    assert texts.dim > clip.dim
+    run_of_images(tmp_path, CombinedTeacher(clip, texts), tiny_bert)
+    model = export_text_image(tmp_path / "run", tmp_path / "out", teacher=str(tmp_path / "teacher"), device="cpu")
+    features = torch.from_numpy(np.array(FeatureStore.open(tmp_path / "of-images").image_features))
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(load_head(tmp_path / "run/heads", "teacher_image")(features), dim=1)
+    assert np.abs(model.encode(pictures(tmp_path)) - expected.numpy()).max() < 1e-5
+
+
+def test_models_that_cannot_be_the_image_route(trained, tmp_path, tiny_bert):
+    build_student(str(tiny_bert)).save_pretrained(str(tmp_path / "texts"))
+    with pytest.raises(ValueError, match="takes no images"):
+        export_text_image(trained / "run", tmp_path / "out", teacher=str(tmp_path / "texts"))
+    with pytest.raises(ValueError, match="is a model of open_clip"):
+        export_text_image(trained / "run", tmp_path / "out", teacher="open_clip:ViT-B-32")
+    make_tiny_multimodal(tmp_path / "cut", make_tiny_clip(tmp_path / "clip"))
+    model = SentenceTransformer(str(tmp_path / "cut"), truncate_dim=8, device="cpu")
+    model.save_pretrained(str(tmp_path / "cut"))
+    with pytest.raises(ValueError, match=r"cuts its embeddings off|has features of width|is not the teacher of"):
+        export_text_image(trained / "run", tmp_path / "out", teacher=str(tmp_path / "cut"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_exports_in_the_end(trained, tiny_bert, tmp_path):
+    given = flags(trained, tiny_bert, features=trained / "of-images", output_dir=tmp_path / "run")
+    teacher = ["--export-teacher", str(trained / "teacher")]
+    result = CliRunner().invoke(main, ["train", *given, "--export", *teacher])
+    assert result.exit_code == 0, result.output
+    assert f"model of sentences and images: {tmp_path / 'run' / 'text-image'}" in result.output
+    expected = export_text_image(tmp_path / "run", tmp_path / "by-hand", teacher=str(trained / "teacher"))
+    model = SentenceTransformer(str(tmp_path / "run" / "text-image"), device="cpu")
+    for inputs in (pictures(trained), [CAPTION, "two men"]):
+        np.testing.assert_array_equal(model.encode(inputs), expected.to("cpu").encode(inputs))
+    again = ["train", "--config", str(tmp_path / "run" / "run.json"), "--output-dir", str(tmp_path / "again")]
+    assert CliRunner().invoke(main, [*again, "--max-steps", "1"]).exit_code == 0
+    assert (tmp_path / "again" / "text-image" / "modules.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--export"], "give the folder or name of one with the same weights as --export-teacher"),
+        (["--export", "--export-teacher", "OTHER"], "is not the teacher of|has features of width"),
+        (["--export", "heads", "--export-teacher", "TEACHER"], "is a folder of the run itself"),
+        (["--export", "--method", "simcse"], "--export needs the heads of images"),
+        (["--export", "--multimodal-weight", "0"], "--export needs the heads of images"),
+        (["--export-teacher", "TEACHER"], "go with --export"),
+    ],
+)
+def test_what_would_make_the_export_fail_is_refused_before_training(trained, tiny_bert, tmp_path, changes, message):
+    places = {"TEACHER": str(trained / "teacher")}
+    if "OTHER" in changes:
+        places["OTHER"] = str(make_tiny_clip(tmp_path / "other", seed=1))
+    given = flags(trained, tiny_bert, features=trained / "of-images", output_dir=tmp_path / "run")
+    result = CliRunner().invoke(main, ["train", *given, *[places.get(each, each) for each in changes]])
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.output), result.output
+    assert not (tmp_path / "run").exists()
 
 
 def rewrite(place, features, teacher):

@@ -443,7 +443,7 @@ def test_a_student_without_dropout_is_warned_of(tiny_bert, sentences, store, tmp
     assert torch.equal(torch.rand(1), after)
     assert not trainer.model.training
     trainer.train()
-    assert ("the student has no dropout: both views of a sentence are equal" in caplog.text) is not dropout
+    assert ("the student (a bert) has no dropout: both views of a sentence are equal" in caplog.text) is not dropout
 
 
 class _Diverging(SimCSELoss):
