@@ -1,4 +1,4 @@
-"""The README as a reader uses it: each command line and each program in it runs, on small data under the same names."""
+"""The README and the guides as a reader uses them: their command lines and programs run, on small data of those names."""
 
 import json
 import os
@@ -21,7 +21,9 @@ pytest.importorskip("faiss")
 pytest.importorskip("optuna")
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ("data-and-teachers", "train", "evaluate", "text-and-images", "search", "methods", "reproduce", "quickstart")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in (*GUIDES, "troubleshooting", "performance")))
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 CLIP = "openai/clip-vit-base-patch32"
 
 # What is added to a command, by its beginning: so that it ends within seconds, or for a teacher that is not on the hub.
@@ -45,23 +47,25 @@ OTHERS = {
     "make": "it makes environments: there is such a target",
     "pip": "it installs: there is such an extra",
     "tensorboard": "it serves until it is stopped",
+    "uv ": "it makes an environment",
+    "st-kdmcse demo": "tests/cli/test_demo.py runs it",
     "python benchmarks": "options are left out in it: there is such a script",
 }
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def command_lines():
     """The lines of all bash blocks, in their order, joined where they go on in the next."""
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line for line in text.splitlines() if line.strip()]
+    return list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
 
 
 def inline_commands():
     """Commands in the text that are whole, with their options."""
-    spans = re.findall(r"`((?:st-kdmcse|python|torchrun|tensorboard|make|pip) [^`]*)`", README.replace("\n  ", " "))
+    spans = re.findall(r"`((?:st-kdmcse|python|torchrun|tensorboard|make|pip) [^`]*)`", TEXT.replace("\n  ", " "))
     return [span.replace("\n", " ") for span in spans if "..." not in span]
 
 
@@ -167,7 +171,7 @@ def test_each_command_line_has_options_that_there_are(line):
 
 
 def test_each_flag_of_the_text_is_one_of_a_command():
-    flags = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]+)", re.sub(r"```.*?```", "", README, flags=re.DOTALL)))
+    flags = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)))
     known = {"--help", "--nproc-per-node", "--logdir"}  # the last ones of torchrun and tensorboard
 
     def collect(command):
@@ -185,7 +189,7 @@ def test_each_flag_of_the_text_is_one_of_a_command():
 
 def test_each_command_is_in_it():
     for name in COMMANDS:
-        assert re.search(rf"(st-kdmcse {name}|`{name}`|make {name}|^\| `{name})", README, re.MULTILINE), name
+        assert re.search(rf"(st-kdmcse {name}|`{name}`|make {name}|^\| `{name})", TEXT, re.MULTILINE), name
 
 
 def test_each_program_runs(ran, monkeypatch, sentences):
