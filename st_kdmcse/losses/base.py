@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import all_gather, all_gather_with_grad
 from sentence_transformers.util.distributed import get_rank, get_world_size
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class TwoViewLoss(nn.Module):
         self.model = model
         self.gather_across_devices = gather_across_devices
         self.hidden_dim: int = model.get_embedding_dimension()
-        self.heads = nn.ModuleDict({"text": ProjectionHead(self.hidden_dim, self.hidden_dim)}).to(model.device)
+        self.heads = nn.ModuleDict({"text": self.student_head(self.hidden_dim)}).to(model.device)
         self._loads = _count_loads(model)
         self._loads_before = self._loads.count
 
@@ -134,6 +135,10 @@ class TwoViewLoss(nn.Module):
     def text_loss(self, anchors: Tensor, candidates: Tensor, offset: int) -> Tensor:
         """The text term: (N, hidden) and (M, hidden) head outputs to a scalar."""
         raise NotImplementedError
+
+    def student_head(self, width: int) -> ProjectionHead:
+        """A head of ``width`` outputs that reads sentence embeddings."""
+        return ProjectionHead(self.hidden_dim, width, of_unit_vectors=isinstance(list(self.model)[-1], Normalize))
 
     def text_batch(self, columns: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What a batch of plain text brings for :meth:`compute_loss_from_embeddings`, besides its views."""

@@ -90,7 +90,7 @@ class GroundedLoss(TwoViewLoss):
         self.statistics = statistics_of_store(features) if features is not None and needs_statistics(config) else None
         self._resident: tuple[torch.device, ResidentFeatures | None] | None = None
         if config.multimodal_weight != 0:
-            self.heads["grounding"] = ProjectionHead(self.hidden_dim, config.projection_dim)
+            self.heads["grounding"] = self.student_head(config.projection_dim)
             for modality in self.modalities:
                 self.heads[f"teacher_{modality}"] = ProjectionHead(self.teacher_dim, config.projection_dim)
         if config.multimodal_weight == "auto":

@@ -29,11 +29,16 @@ class ProjectionHead(nn.Module):
     Args:
         in_features: width of the input.
         out_features: width of the output.
+        of_unit_vectors: whether inputs have length 1. Initial weights are then larger by ``sqrt(in_features)``, so that
+            they count as much beside the bias as with the vectors of an encoder.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, of_unit_vectors: bool = False) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, out_features)
+        if of_unit_vectors:
+            with torch.no_grad():
+                self.dense.weight.mul_(math.sqrt(in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``x``.

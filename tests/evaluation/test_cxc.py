@@ -15,7 +15,7 @@ from st_kdmcse import FeatureStore, KDMCSEConfig, KDMCSELoss, build_student
 from st_kdmcse.cli.main import main
 from st_kdmcse.data import load_cxc, load_sits
 from st_kdmcse.evaluation.cxc import bootstrap_spearman, evaluate_cxc, evaluate_sits
-from st_kdmcse.training.text_image import text_image_model
+from st_kdmcse.training.text_image import ImageTower, text_image_model
 
 IMAGES = 6
 CAPTIONS = {100 + number: " ".join(np.random.default_rng(number).choice(WORDS, size=7)) for number in range(20)}
@@ -179,7 +179,9 @@ def run_folder(tmp_path_factory, tiny_bert, tiny_clip, files):
     loss = KDMCSELoss(student, KDMCSEConfig(), features=store)
     student.save_pretrained(str(folder / "run"))
     loss.save_heads(folder / "run" / "heads")
-    joined = text_image_model(student, loss.heads["grounding"], str(tiny_clip), loss.heads["teacher_image"], False)
+    clip = Transformer(str(tiny_clip))
+    tower = ImageTower("clip", [clip], clip.get_embedding_dimension())
+    joined = text_image_model(student, loss.heads["grounding"], tower, loss.heads["teacher_image"], False)
     joined.save_pretrained(str(folder / "joined"))
     return folder
 

@@ -3,7 +3,9 @@
 import pytest
 import reference
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from st_kdmcse import ArcCSELoss, KDMCSEConfig, KDMCSELoss, MCSEConfig, MCSELoss, SimCSELoss
 
@@ -102,6 +104,20 @@ def test_heads_survive_saving(student, name, tmp_path):
     other.load_heads(tmp_path / "heads")
     for key, value in loss.heads.state_dict().items():
         assert torch.equal(value, other.heads.state_dict()[key])
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_heads_tell_sentences_apart_whatever_the_length_of_embeddings(student, normalized):
+    if normalized:
+        student = SentenceTransformer(modules=[*student, Normalize()])
+    loss = KDMCSELoss(student, KDMCSEConfig(projection_dim=64), teacher_dim=T)
+    embeddings = torch.randn(100, loss.hidden_dim)  # of an encoder, whose last layer is normalised
+    if normalized:
+        embeddings = torch.nn.functional.normalize(embeddings)
+    for name in ("text", "grounding"):
+        outputs = torch.nn.functional.normalize(loss.heads[name](embeddings))
+        cosines = (outputs @ outputs.T)[~torch.eye(100, dtype=torch.bool)]
+        assert cosines.mean().abs() < 0.15  # unit vectors would give about 0.5 beside the bias
 
 
 def test_heads_of_another_shape_are_refused_by_name(student, tmp_path):

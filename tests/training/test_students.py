@@ -45,12 +45,11 @@ from st_kdmcse import KDMCSEConfig, KDMCSELoss, KDMCSETrainer, build_student, un
 from st_kdmcse.encoding import load_model
 from st_kdmcse.files import LOCK
 from st_kdmcse.losses.heads import ProjectionHead, load_head
-from st_kdmcse.teachers import CLIPTeacher
 from st_kdmcse.training.inputs import check_inputs
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.run import train
 from st_kdmcse.training.student import pooling_of
-from st_kdmcse.training.text_image import dense_layer, text_image_model
+from st_kdmcse.training.text_image import ImageTower, dense_layer, text_image_model
 from st_kdmcse.training.unpadding import ENCODERS as WITHOUT_PADDING
 
 PROMPTS = {"query": "question: ", "document": ""}
@@ -328,9 +327,10 @@ def test_a_run_is_scored_in_another_language(language, sentences, store, tmp_pat
 
 def test_its_text_image_model_has_all_modules(uneven, tmp_path, tiny_clip):
     student = build_student(str(STUDENTS["all three"][0](tmp_path))).to("cpu").eval()
-    teacher = CLIPTeacher(str(tiny_clip), device="cpu", precision="float32")
-    grounding, of_images = ProjectionHead(12, 6), ProjectionHead(teacher.dim, 6)
-    model = text_image_model(student, grounding, str(tiny_clip), of_images, normalized=True).to("cpu")
+    clip = Transformer(str(tiny_clip))
+    tower = ImageTower("clip", [clip], clip.get_embedding_dimension())
+    grounding, of_images = ProjectionHead(12, 6), ProjectionHead(tower.dim, 6)
+    model = text_image_model(student, grounding, tower, of_images, normalized=True).to("cpu")
     with torch.no_grad():
         expected = grounding(student.encode(uneven[:4], convert_to_tensor=True))
     actual = model.encode(uneven[:4], convert_to_tensor=True)
