@@ -112,6 +112,10 @@ def place(tmp_path_factory, tiny_bert, sentences, store):
     captions = [f"{name}#{k}\t{' '.join(generator.choice(WORDS, 6))}" for name in names for k in range(2)]
     (place / "results_20130124.token").write_text("\n".join(captions) + "\n")
     (place / "train.txt").write_text("\n".join(names) + "\n")
+    annotations = [{"id": key, "image_id": key, "caption": text} for key, text in enumerate(sentences[:40])]
+    (place / "captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    pairs = [f"x:sentid:{n},x:sentid:{39 - n},{generator.uniform(0, 5):.2f},c2c_isim" for n in range(20)]
+    (place / "sts_val.csv").write_text("\n".join(["caption1,caption2,agg_score,sampling_method", *pairs]) + "\n")
     released = {
         f"{number}.jpg": {
             "image_feat": [float(number), 1.0],
@@ -121,7 +125,7 @@ def place(tmp_path_factory, tiny_bert, sentences, store):
         for number in range(4)
     }
     (place / "flickr30k_ViT_L14.json").write_text(json.dumps(released))
-    (place / "tune.yaml").write_text(blocks("yaml")[0])
+    (place / "tune.yaml").write_text(next(block for block in blocks("yaml") if "search-space" in block))
     return place
 
 
@@ -172,7 +176,7 @@ def test_each_command_line_has_options_that_there_are(line):
 
 def test_each_flag_of_the_text_is_one_of_a_command():
     flags = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)))
-    known = {"--help", "--nproc-per-node", "--logdir"}  # the last ones of torchrun and tensorboard
+    known = {"--help", "--nproc-per-node", "--logdir", "--force-reinstall"}  # the last ones of other programs
 
     def collect(command):
         if isinstance(command, click.Group):
