@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,16 @@ from scipy import stats
 from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.data.cxc import CxCTask, SITSPairs, image_number
-from st_kdmcse.data.images import load_image
-from st_kdmcse.encoding import Matrix, computing, encode_distinct, encoding_precision
+from st_kdmcse.encoding import Matrix, encode_distinct
 from st_kdmcse.evaluation.sts import Similarities, cosines
 from st_kdmcse.files import progress_bar
 from st_kdmcse.precision import Precision
+from st_kdmcse.teachers.sentence_transformer import encode_images
 
 logger = logging.getLogger(__name__)
 
 DRAWS = 1000
 """Draws of the bootstrap, as in the paper."""
-
-_IMAGES_AT_A_TIME = 32
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def evaluate_sits(
         where=pairs.places.__getitem__,
         precision=precision,
     )
-    embeddings = _encode_images(model, files, show_progress_bar, precision)
+    embeddings = encode_images(model, files, show_progress_bar, precision)
     rows = {name: row for row, name in enumerate(names)}
     of_pairs = embeddings[[rows[name] for name in pairs.images]]
     return score_sits(pairs, texts(pairs.captions), of_pairs, draws=draws, seed=seed)
@@ -268,29 +265,3 @@ def _first_file(folder: Path, name: str) -> Path | None:
     number = image_number(name)
     others = [] if number is None else [f"{number:012d}.jpg"]
     return next((folder / each for each in (name, *others) if (folder / each).is_file()), None)
-
-
-def _encode_images(
-    model: SentenceTransformer, files: Sequence[Path], show_progress_bar: bool | None, precision: Precision
-) -> Matrix:
-    """(n, dimension) embeddings of n files, decoded a batch at a time."""
-    computed = encoding_precision(model, precision, len(files))
-    parts: list[Matrix] = []
-    with (
-        ThreadPoolExecutor() as pool,  # decoding releases the interpreter lock
-        computing(model, computed) as encoder,
-        progress_bar(len(files), "Encoding images", "image", show_progress_bar) as progress,
-    ):
-        for start in range(0, len(files), _IMAGES_AT_A_TIME):
-            batch = files[start : start + _IMAGES_AT_A_TIME]
-            decoded = list(pool.map(lambda file: load_image(file).convert("RGB"), batch))
-            found = encoder.encode(decoded, batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False)
-            parts.append(found.float().cpu().numpy())
-            broken = ~np.isfinite(parts[-1]).all(axis=1)
-            if broken.any():
-                raise ValueError(
-                    f"the model's embedding of {batch[int(broken.argmax())]} is not finite: the model's weights are "
-                    "damaged, or training has diverged"
-                )
-            progress.update(len(batch))
-    return np.concatenate(parts)

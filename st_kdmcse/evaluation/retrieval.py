@@ -9,13 +9,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sentence_transformers import SentenceTransformer
 
 from st_kdmcse.data.layout import RowNumbers
+from st_kdmcse.data.readers import ImageCaptionReader
+from st_kdmcse.encoding import encode_distinct
+from st_kdmcse.precision import Precision
+from st_kdmcse.teachers.sentence_transformer import encode_images
 
 Vectors = npt.NDArray[np.float32]
 
 CUTOFFS = (1, 5, 10)
 """The k of recall@k."""
+CAPTIONS = 5
+"""Captions of an image that count in Karpathy's protocol: the first ones."""
 DIRECTIONS = ("text to image", "image to text")
 
 _SCORES_AT_A_TIME = 2**22  # 16 MiB in float32
@@ -78,14 +85,58 @@ def evaluate_retrieval(
     captions = np.bincount(rows, minlength=len(images))
     if not len(images) or (captions == 0).any():
         raise ValueError(f"image {int(captions.argmin())} has no caption: leave it out" if len(images) else "no images")
-    if folds < 1 or len(images) % folds:
-        raise ValueError(f"{len(images):,} images cannot be divided into {folds} parts of one size")
+    _check_folds(len(images), folds)
     size = len(images) // folds
     parts: list[tuple[Retrieval, Retrieval]] = []
     for start in range(0, len(images), size):
         inside = np.flatnonzero((rows >= start) & (rows < start + size))
         parts.append(_both_directions(texts[inside], images[start : start + size], rows[inside] - start))
     return {name: _mean(results) for name, results in zip(DIRECTIONS, zip(*parts, strict=True), strict=True)}
+
+
+def evaluate_images(
+    model: SentenceTransformer,
+    reader: ImageCaptionReader,
+    folds: int = 1,
+    show_progress_bar: bool | None = None,
+    precision: Precision = "float32",
+) -> dict[str, Retrieval]:
+    """Find images by captions and captions by images, with a model of both, such as one of ``st-kdmcse export``.
+
+    Args:
+        model: a sentence-transformers model that takes images.
+        reader: images with captions, of which the first :data:`CAPTIONS` of each image count.
+        folds: as for :func:`evaluate_retrieval`.
+        show_progress_bar: None shows one in a terminal, after two seconds.
+        precision: as for :func:`~st_kdmcse.encoding.encode_distinct`.
+
+    Returns:
+        The results by :data:`DIRECTIONS`.
+
+    Raises:
+        ValueError: if the model takes no images, the data set holds none or has a bad row, an image cannot be decoded,
+            or the folds are not of one size; names it.
+    """
+    if not model.supports("image"):
+        raise ValueError(
+            "the model takes no images: give one of sentences and images, such as st-kdmcse export makes of a run, or "
+            "its run with `features`"
+        )
+    records = list(reader)
+    images = [record.image for record in records if record.image is not None]
+    if len(images) < len(records):
+        raise ValueError(f"{reader.name} holds no images: give their folder as `images`")
+    _check_folds(len(images), folds)
+    captions = [caption for record in records for caption in record.captions[:CAPTIONS]]
+    rows = [row for row, record in enumerate(records) for _ in record.captions[:CAPTIONS]]
+    pictures = encode_images(model, images, show_progress_bar, precision)
+    texts = encode_distinct(model, captions, show_progress_bar=show_progress_bar, precision=precision)(captions)
+    return evaluate_retrieval(texts, pictures, rows, folds)
+
+
+def _check_folds(images: int, folds: int) -> None:
+    if folds < 1 or images % folds or not images:
+        raise ValueError(f"{images:,} images cannot be divided into {folds} parts of one size")
 
 
 def _both_directions(texts: Vectors, images: Vectors, rows: RowNumbers) -> tuple[Retrieval, Retrieval]:

@@ -24,8 +24,8 @@ from st_kdmcse.search.faiss_backend import FaissBackend, try_factory
 from st_kdmcse.search.model_check import check_model, load_expected, load_named, model_header, same_model
 from st_kdmcse.search.storage import check_free, is_index, read_index, read_manifest, write_index
 from st_kdmcse.search.tuning import check_recall_target
-from st_kdmcse.teachers import SentenceTransformerTeacher
 from st_kdmcse.teachers.base import TeacherImage
+from st_kdmcse.teachers.sentence_transformer import encode_images
 
 if TYPE_CHECKING:
     from st_kdmcse.search.milvus_backend import MilvusBackend
@@ -315,8 +315,7 @@ class SemanticIndex:
             raise ValueError("the model of this index encodes no images, so nothing can be found by one")
         if not images:
             return []
-        encoder = SentenceTransformerTeacher(self.model, self.model.device, precision="float32")
-        return self.backend.search(unit_rows(encoder.encode_images(images, show_progress_bar=False)), k, where)
+        return self.backend.search(unit_rows(encode_images(self.model, images, False)), k, where)
 
     @property
     def takes_images(self) -> bool:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_kdmcse.encoding import as_texts
+from st_kdmcse.encoding import Matrix, as_texts, computing, encoding_precision
+from st_kdmcse.precision import Precision
 from st_kdmcse.teachers.base import (
     ModelTeacher,
     Pixels,
     Preprocess,
+    TeacherImage,
     TeacherPrecision,
     check_tokenizer,
     loading,
@@ -114,6 +116,39 @@ class SentenceTransformerTeacher(ModelTeacher):
                 f"the teacher {self.name} knows no images: take it for the captions only, with an image teacher beside "
                 "it (`text_teacher`, or CombinedTeacher)"
             )
+
+
+def encode_images(
+    model: SentenceTransformer,
+    images: Sequence[TeacherImage],
+    show_progress_bar: bool | None = None,
+    precision: Precision = "float32",
+) -> Matrix:
+    """Embeddings of images by a model that takes them.
+
+    Args:
+        model: it is not changed.
+        images: n PIL images, files, slices of files, or encoded bytes; read batch by batch.
+        show_progress_bar: None shows one in a terminal, after two seconds.
+        precision: as for :func:`~st_kdmcse.encoding.encode_distinct`.
+
+    Returns:
+        (n, dimension) float32, not normalised.
+
+    Raises:
+        ValueError: if an image cannot be read, or its embedding is not finite, naming it; if the model takes no images.
+    """
+    computed = encoding_precision(model, precision, len(images))
+    with computing(model, computed) as encoder:
+        teacher = SentenceTransformerTeacher(encoder, model.device, precision=computed)
+        found = teacher.encode_images(images, show_progress_bar)
+    broken = ~np.isfinite(found).all(axis=1)
+    if broken.any():
+        raise ValueError(
+            f"the model's embedding of {images[int(broken.argmax())]} is not finite: the model's weights are damaged, "
+            "or training has diverged"
+        )
+    return found
 
 
 def _rgb(image: Image.Image) -> torch.Tensor:

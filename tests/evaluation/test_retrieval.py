@@ -1,10 +1,17 @@
 """Ranks by a slow loop, chance, folds, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
+from sentence_transformers import SentenceTransformer
 
+from st_kdmcse.cli.main import main
+from st_kdmcse.data import open_captions, sha256_file
 from st_kdmcse.evaluation import retrieval
-from st_kdmcse.evaluation.retrieval import CUTOFFS, DIRECTIONS, evaluate_retrieval
+from st_kdmcse.evaluation.retrieval import CUTOFFS, DIRECTIONS, evaluate_images, evaluate_retrieval
 
 
 def made(images=30, each=3, dim=8, seed=0, noise=1.0):
@@ -95,3 +102,64 @@ def test_folds_are_searched_by_themselves():
 def test_what_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         evaluate_retrieval(*change(*made()))
+
+
+class TestImagesAndCaptions:
+    @pytest.fixture(scope="class")
+    def model(self, tiny_multimodal):
+        return SentenceTransformer(str(tiny_multimodal), device="cpu")
+
+    @pytest.fixture
+    def table(self, photos, tmp_path):
+        """Six images with seven captions each, of which two come too late to count."""
+        words = ["dog", "man", "snow", "ball", "beach", "red", "grass"]
+        rows = [f"{photo}\t{word} {photo.stem[:6]}\n" for photo in photos[:6] for word in words]
+        (tmp_path / "captions.tsv").write_text("image\tcaption\n" + "".join(rows))
+        return tmp_path / "captions.tsv"
+
+    def test_the_first_five_captions_of_each_image_count(self, model, table, photos):
+        reader = open_captions(table, images="/")
+        found = evaluate_images(model, reader)
+        captions = [caption for record in reader for caption in record.captions[:5]]
+        texts = model.encode([{"text": caption} for caption in captions])
+        pictures = model.encode([Image.open(photo) for photo in photos[:6]])
+        expected = evaluate_retrieval(texts, pictures, np.repeat(np.arange(6), 5))
+        assert found == expected
+        assert (found["text to image"].queries, found["image to text"].candidates) == (30, 30)
+        in_folds = evaluate_images(model, reader, folds=3)
+        assert (in_folds["text to image"].queries, in_folds["text to image"].candidates) == (30, 2)
+        with pytest.raises(ValueError, match="6 images cannot be divided into 4 parts"):
+            evaluate_images(model, reader, folds=4)
+
+    def test_the_command(self, model, table, tiny_multimodal, tmp_path):
+        arguments = ["evaluate", "retrieval", str(tiny_multimodal), "--captions", str(table), "--images", "/"]
+        result = CliRunner().invoke(main, [*arguments, "--device", "cpu", "--output", str(tmp_path / "out.json")])
+        assert result.exit_code == 0, result.output
+        assert "text to image: 30 queries, 6 candidates" in result.output
+        assert "  chance   16.67   83.33  100.00\n" in result.output
+        record = json.loads((tmp_path / "out.json").read_text())
+        found = evaluate_images(model, open_captions(table, images="/"))
+        for direction, each in found.items():
+            assert record["retrieval"]["model"][direction]["median_rank"] == each.median_rank
+        assert record["data_sha256"] == {"captions": sha256_file(table)}
+
+    def test_what_is_refused(self, table, tiny_multimodal, photo_set, student, tmp_path):
+        student.save_pretrained(str(tmp_path / "texts"))
+        for arguments, message in (
+            ([str(tmp_path / "texts"), "--captions", str(table), "--images", "/"], "the model takes no images"),
+            (
+                [str(tiny_multimodal), "--captions", str(photo_set / "captions.txt")],
+                "holds no images: give their folder as --images",
+            ),
+            ([str(tiny_multimodal)], "give either --captions"),
+            ([str(tiny_multimodal), "--features", "x", "--images", "/"], "go with --captions"),
+            ([str(tiny_multimodal), "--captions", str(table), "--only", "x"], "--only goes with --features"),
+        ):
+            result = CliRunner().invoke(main, ["evaluate", "retrieval", *arguments])
+            assert (result.exit_code, message in result.output) == (2, True), result.output
+
+    def test_an_image_that_cannot_be_decoded(self, model, tmp_path):
+        (tmp_path / "broken.jpg").write_bytes(b"no image")
+        (tmp_path / "captions.tsv").write_text("image\tcaption\nbroken.jpg\ta dog\n")
+        with pytest.raises(ValueError, match=r"broken\.jpg cannot be decoded"):
+            evaluate_images(model, open_captions(tmp_path / "captions.tsv", images=tmp_path))
