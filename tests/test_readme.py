@@ -111,7 +111,8 @@ def place(tmp_path_factory, tiny_bert, sentences, store):
     Image.fromarray(pixels).save(place / "photo.jpg")
     captions = [f"{name}#{k}\t{' '.join(generator.choice(WORDS, 6))}" for name in names for k in range(2)]
     (place / "results_20130124.token").write_text("\n".join(captions) + "\n")
-    (place / "train.txt").write_text("\n".join(names) + "\n")
+    for split in ("train", "test"):
+        (place / f"{split}.txt").write_text("\n".join(names) + "\n")
     annotations = [{"id": key, "image_id": key, "caption": text} for key, text in enumerate(sentences[:40])]
     (place / "captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
     pairs = [f"x:sentid:{n},x:sentid:{39 - n},{generator.uniform(0, 5):.2f},c2c_isim" for n in range(20)]
@@ -216,7 +217,7 @@ def test_each_program_runs(ran, monkeypatch, sentences):
         "image_ids": ["1", "2", "3", "4"],
     }
     programs = blocks("python")
-    assert len(programs) == 6
+    assert len(programs) == 9
     for name in ("flickr30k-features", "kdmcse-bert"):
         copy_tree(ran / name, ran / f"{name}-kept")
     for program in programs:
