@@ -38,7 +38,7 @@ _SOURCE_OF = {
     "evaluation sets": ("exclude_overlap",),
     **dict.fromkeys(("sts-dev", "sts-test"), ("eval_data",)),
     "metric": ("metric", "nanobeir_data"),
-    **dict.fromkeys(("weights", "configuration", "tokenizer"), ("model",)),
+    **dict.fromkeys(("weights", "configuration", "tokenizer", "modules"), ("model", "pooling")),
 }
 """The parameters that what a run is made of comes from, by its name in the record."""
 _TITLES = {

@@ -15,7 +15,10 @@ from st_kdmcse.cli.common import Whole, friendly_errors, quiet_libraries
 from st_kdmcse.cli.grid import split_options
 from st_kdmcse.cli.training import config_options, training_options
 
-_NOT_HERE = {"output_dir", "resume", "run_name", "push_to_hub", "private"}
+_NOT_HERE = {
+    *("output_dir", "resume", "run_name", "push_to_hub", "private", "metric", "nanobeir_data"),
+    *("export", "export_teacher", "export_images"),
+}
 _OF_A_RANGE = ("low", "high", "log", "step")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def create_repository(name: str, private: bool) -> None:
         HfApi().create_repo(name, private=private or None, exist_ok=True)
 
 
-def push(name: str, private: bool, folder: Path, summary: Mapping[str, Any]) -> None:
+def push(name: str, private: bool, folder: Path, summary: Mapping[str, Any], export: Path | None = None) -> None:
     """Upload model, card and heads of a finished run, and nothing else of its folder.
 
     Args:
@@ -114,28 +114,30 @@ def push(name: str, private: bool, folder: Path, summary: Mapping[str, Any]) -> 
         private: whether nobody else is to see it.
         folder: of the run.
         summary: of the run, for the error.
+        export: a folder in that of the run, which is left out as well.
 
     Raises:
         PushError: if that failed; the folder is as it was.
     """
+    excluded = [*_NOT_PUSHED, *([f"{export}/*"] if export is not None else [])]
     message = f"{summary['method']} after {summary['steps']} steps"
     try:
         commit = HfApi().upload_folder(
-            repo_id=name, folder_path=folder, ignore_patterns=list(_NOT_PUSHED), commit_message=message
+            repo_id=name, folder_path=folder, ignore_patterns=list(excluded), commit_message=message
         )
     except Exception as error:  # whatever befalls the upload, the run is not lost
         raise PushError(
             f"the run is finished and whole in {folder}, but it could not be pushed to {name}: {_reason(error)}. "
-            f"Push it later with\n    {upload_command(name, private, folder)}",
+            f"Push it later with\n    {upload_command(name, private, folder, excluded)}",
             summary,
         ) from error
     logger.info("pushed to %s", commit.commit_url)
 
 
-def upload_command(name: str, private: bool, folder: Path) -> str:
+def upload_command(name: str, private: bool, folder: Path, excluded: Sequence[str] = _NOT_PUSHED) -> str:
     """The command line that pushes a run as :func:`push` does."""
-    excluded = [part for pattern in _NOT_PUSHED for part in ("--exclude", pattern)]
-    return shlex.join(["hf", "upload", name, str(folder), ".", *(["--private"] if private else []), *excluded])
+    patterns = [part for pattern in excluded for part in ("--exclude", pattern)]
+    return shlex.join(["hf", "upload", name, str(folder), ".", *(["--private"] if private else []), *patterns])
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def train(
             options, arguments, inputs, state, stop or StopOnSignal(), repository, repeats or {}, callbacks
         )
     if repository:
-        push(repository, options.private, options.output_dir, summary)
+        push(repository, options.private, options.output_dir, summary, options.export)
     return summary
 
 
