@@ -1,4 +1,4 @@
-"""The README and the guides as a reader uses them: their command lines and programs run, on small data of those names."""
+"""The README and the guides as a reader uses them: their commands and programs run, on small data of those names."""
 
 import json
 import os
