@@ -1,4 +1,5 @@
 # make demo: environment, installation and the embedded demo.  make test: the tests.  make check: lint, types, layers.
+# make docs: the site, in site/, with the tutorials run; a broken link is an error.
 # make wheel: build the wheel, and use it in an environment of its own, away from this folder.
 # make test-lowest: what needs the libraries' own interfaces, with the lowest versions that pyproject.toml allows.
 # make milvus: the tests that need a Milvus server; it is installed in an environment of its own (Linux, x86-64).
@@ -19,7 +20,7 @@ MILVUS ?= .venv-milvus
 CORE = tests/losses tests/training tests/data tests/teachers tests/extraction tests/evaluation \
 	$(wildcard tests/test_[cefpu]*.py)
 
-.PHONY: demo test test-lowest milvus wheel check bench gpu clean
+.PHONY: demo test test-lowest milvus wheel check docs bench gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/st-kdmcse demo
@@ -39,6 +40,9 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel
 
@@ -54,7 +58,7 @@ gpu: $(VENV)/.dev
 		--factories auto,Flat,IVF4096:Flat,IVF4096:SQ8,IVF4096:PQ48np --output benchmarks/results/search_gpu.json
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(MILVUS) kdmcse-demo
+	rm -rf $(VENV) $(LOWEST) $(MILVUS) kdmcse-demo site .cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The README as a reader uses it: each command line and each program in it runs, on small data under the same names."""
+"""The README and the guides as a reader uses them: their commands and programs run, on small data of those names."""
 
 import json
 import os
@@ -21,7 +21,9 @@ pytest.importorskip("faiss")
 pytest.importorskip("optuna")
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ("data-and-teachers", "train", "evaluate", "text-and-images", "search", "methods", "reproduce", "quickstart")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in (*GUIDES, "troubleshooting", "performance")))
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 CLIP = "openai/clip-vit-base-patch32"
 
 # What is added to a command, by its beginning: so that it ends within seconds, or for a teacher that is not on the hub.
@@ -45,23 +47,25 @@ OTHERS = {
     "make": "it makes environments: there is such a target",
     "pip": "it installs: there is such an extra",
     "tensorboard": "it serves until it is stopped",
+    "uv ": "it makes an environment",
+    "st-kdmcse demo": "tests/cli/test_demo.py runs it",
     "python benchmarks": "options are left out in it: there is such a script",
 }
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 def command_lines():
     """The lines of all bash blocks, in their order, joined where they go on in the next."""
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [line for line in text.splitlines() if line.strip()]
+    return list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
 
 
 def inline_commands():
     """Commands in the text that are whole, with their options."""
-    spans = re.findall(r"`((?:st-kdmcse|python|torchrun|tensorboard|make|pip) [^`]*)`", README.replace("\n  ", " "))
+    spans = re.findall(r"`((?:st-kdmcse|python|torchrun|tensorboard|make|pip) [^`]*)`", TEXT.replace("\n  ", " "))
     return [span.replace("\n", " ") for span in spans if "..." not in span]
 
 
@@ -107,7 +111,12 @@ def place(tmp_path_factory, tiny_bert, sentences, store):
     Image.fromarray(pixels).save(place / "photo.jpg")
     captions = [f"{name}#{k}\t{' '.join(generator.choice(WORDS, 6))}" for name in names for k in range(2)]
     (place / "results_20130124.token").write_text("\n".join(captions) + "\n")
-    (place / "train.txt").write_text("\n".join(names) + "\n")
+    for split in ("train", "test"):
+        (place / f"{split}.txt").write_text("\n".join(names) + "\n")
+    annotations = [{"id": key, "image_id": key, "caption": text} for key, text in enumerate(sentences[:40])]
+    (place / "captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    pairs = [f"x:sentid:{n},x:sentid:{39 - n},{generator.uniform(0, 5):.2f},c2c_isim" for n in range(20)]
+    (place / "sts_val.csv").write_text("\n".join(["caption1,caption2,agg_score,sampling_method", *pairs]) + "\n")
     released = {
         f"{number}.jpg": {
             "image_feat": [float(number), 1.0],
@@ -117,7 +126,7 @@ def place(tmp_path_factory, tiny_bert, sentences, store):
         for number in range(4)
     }
     (place / "flickr30k_ViT_L14.json").write_text(json.dumps(released))
-    (place / "tune.yaml").write_text(blocks("yaml")[0])
+    (place / "tune.yaml").write_text(next(block for block in blocks("yaml") if "search-space" in block))
     return place
 
 
@@ -167,8 +176,8 @@ def test_each_command_line_has_options_that_there_are(line):
 
 
 def test_each_flag_of_the_text_is_one_of_a_command():
-    flags = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]+)", re.sub(r"```.*?```", "", README, flags=re.DOTALL)))
-    known = {"--help", "--nproc-per-node", "--logdir"}  # the last ones of torchrun and tensorboard
+    flags = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)))
+    known = {"--help", "--nproc-per-node", "--logdir", "--force-reinstall"}  # the last ones of other programs
 
     def collect(command):
         if isinstance(command, click.Group):
@@ -185,7 +194,7 @@ def test_each_flag_of_the_text_is_one_of_a_command():
 
 def test_each_command_is_in_it():
     for name in COMMANDS:
-        assert re.search(rf"(st-kdmcse {name}|`{name}`|make {name}|^\| `{name})", README, re.MULTILINE), name
+        assert re.search(rf"(st-kdmcse {name}|`{name}`|make {name}|^\| `{name})", TEXT, re.MULTILINE), name
 
 
 def test_each_program_runs(ran, monkeypatch, sentences):
@@ -208,7 +217,7 @@ def test_each_program_runs(ran, monkeypatch, sentences):
         "image_ids": ["1", "2", "3", "4"],
     }
     programs = blocks("python")
-    assert len(programs) == 6
+    assert len(programs) == 9
     copy_tree(ran / "kdmcse-bert", ran / "kdmcse-bert-kept")
     for program in programs:
         if "fit_objectives" in program:  # of the first block, with as many examples as batches of 64 need
@@ -221,7 +230,7 @@ def test_each_program_runs(ran, monkeypatch, sentences):
         if "OpenCLIPTeacher" in program:  # its weights are fetched: another teacher, in a folder of its own
             program = program.replace("OpenCLIPTeacher", "CLIPTeacher").replace('"ViT-B-32", "openai"', repr(CLIP))
             program = program.replace('"flickr30k-features"', '"flickr30k-features-again"')
-        if "SemanticIndex" in program:  # the command lines have made an index of that name
-            program = program.replace('"my-index"', '"my-own-index"')
+        if "SemanticIndex" in program:  # the model that the command lines have made an index with
+            program = program.replace('SentenceTransformer("kdmcse-bert")', 'SentenceTransformer("kdmcse-bert-kept")')
             session["model"] = SentenceTransformer("kdmcse-bert-kept", device="cpu")
         exec(compile(program, "README.md", "exec"), session)

@@ -139,7 +139,7 @@ def run_demo(output_dir: Path, seed: int = 42, quick: bool = False) -> dict[str,
     return scores
 
 
-def make_demo_data(folder: Path, seed: int = 42, size: Size = FULL) -> None:
+def make_demo_data(folder: str | Path, seed: int = 42, size: Size = FULL) -> None:
     """Write the demo's data in the formats of real data: images, a feature store, sentences, STS-B files.
 
     Args:
@@ -150,6 +150,7 @@ def make_demo_data(folder: Path, seed: int = 42, size: Size = FULL) -> None:
     from st_kdmcse.demo.scenes import captions, make_pairs, make_scenes, render
     from st_kdmcse.teachers import OpenCLIPTeacher
 
+    folder = Path(folder)
     generator = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     scenes = make_scenes(size.scenes, seed)

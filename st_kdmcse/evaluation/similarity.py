@@ -24,7 +24,8 @@ class TokenizedSimilarityEvaluator(EmbeddingSimilarityEvaluator):
     bfloat16, as in a training of that precision, they are computed in it.
 
     Args:
-        as for ``EmbeddingSimilarityEvaluator``; with ``precision`` or ``truncate_dim`` it does what that does.
+        args: as for ``EmbeddingSimilarityEvaluator``.
+        kwargs: likewise; with ``precision`` or ``truncate_dim`` it does what that does.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

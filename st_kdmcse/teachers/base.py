@@ -30,6 +30,8 @@ TeacherPrecision = Literal["auto", "float32", "bfloat16", "float16"]
 """What a teacher can be asked to compute in."""
 
 TeacherImage: TypeAlias = "Image.Image | ImageSource | str"
+"""An image for a teacher: of Pillow, encoded, or the path of a file."""
+
 Preprocess: TypeAlias = "Callable[[Image.Image], torch.Tensor]"
 Pixels: TypeAlias = "torch.Tensor | list[npt.NDArray[np.uint8]]"
 """(B, 3, H, W) pixels of a batch; arrays of (3, H, W) where the images differ in size."""
