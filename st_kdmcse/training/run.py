@@ -111,17 +111,7 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM, when a checkpoint has been written.
     """
     state = processes()
-    # The cheap checks first: a conversion of features may take an hour.
-    repository = None
-    if state.is_main_process:
-        check_output_dir(options.output_dir, options.resume, options.extraction is not None)
-        repository = check_repository(options.push_to_hub, options.private) if options.push_to_hub else None
-    check_modules(options.model, options.pooling)
-    kind = encoder_type(options.model)
-    if options.lora:
-        check_lora(kind)
-    if options.extraction is not None:
-        check_student(options)
+    kind, repository = _check_before_data(options, state)
     if options.resume:
         options = replace(options, bf16=precision_to_resume(options.output_dir, options.bf16))
     arguments = options.trainer_arguments(roberta="roberta" in kind)
@@ -139,6 +129,25 @@ def train(
     if repository:
         push(repository, options.private, options.output_dir, summary, options.export)
     return summary
+
+
+def _check_before_data(options: TrainingOptions, state: PartialState) -> tuple[str, str | None]:
+    """The cheap checks, before a conversion of features takes an hour.
+
+    Returns:
+        The type of the encoder, and the repository that the run is pushed to in the end.
+    """
+    repository = None
+    if state.is_main_process:
+        check_output_dir(options.output_dir, options.resume, options.extraction is not None)
+        repository = check_repository(options.push_to_hub, options.private) if options.push_to_hub else None
+    check_modules(options.model, options.pooling)
+    kind = encoder_type(options.model)
+    if options.lora:
+        check_lora(kind)
+    if options.extraction is not None:
+        check_student(options)
+    return kind, repository
 
 
 def _train(
@@ -180,7 +189,6 @@ def _train(
     )
     filters = _announce_filters(loss, options) if state.is_main_process else []
     evaluator = sts_evaluator(inputs.dev, "sts-dev") if inputs.dev else None
-    metric = [inputs.metric.evaluator] if inputs.metric else []
     if state.is_main_process:
         claim_student(options.output_dir, run, student)
         if evaluator and "score_before" not in run:
@@ -190,26 +198,9 @@ def _train(
                     run["metric_before"] = inputs.metric.score(model)
         with writing(options.output_dir / RUN_NAME):
             write_json(options.output_dir / RUN_NAME, run)
-    if options.lora:
-        add_lora(model, options.lora)
-    trainer = KDMCSETrainer(
-        model,
-        arguments,
-        inputs.sources,
-        loss=MatryoshkaLoss(model, loss, options.matryoshka_dims) if options.matryoshka_dims else loss,
-        evaluator=SequentialEvaluator([evaluator, *metric]) if evaluator else None,  # the last one is the score
-        pair_every=options.pair_every,
-        head_learning_rate=options.head_learning_rate,
-        captions_per_image_in_batch=options.captions_per_image_in_batch,
-        features=inputs.store,
-        pad_to_multiple_of=8 if options.compile else 1,
-        unpad=options.unpad,
-        callbacks=[stop, EvaluateAtEnd(), SaveByTime(), *callbacks],
-    )
+    trainer = _trainer(options, arguments, inputs, loss, evaluator, [stop, EvaluateAtEnd(), SaveByTime(), *callbacks])
     if options.head_init == "ridge" and checkpoint is None and state.is_main_process and isinstance(loss, GroundedLoss):
         align_heads(loss, pair_rows(inputs.sources["pairs"]))  # the other processes get these heads
-    if trainer.pop_callback(ProgressCallback):  # the stock one
-        trainer.add_callback(ShowProgress())
     events = options.output_dir / EVENTS_NAME / (options.run_name or "")
     place_event_files(trainer, events, (step_of(checkpoint) if checkpoint else 0) if options.resume else None)
     trainer.add_callback(KeepTwoCheckpoints())
@@ -235,6 +226,38 @@ def _train(
             _export(options, inputs.store.path)
     state.wait_for_everyone()
     return summary
+
+
+def _trainer(
+    options: TrainingOptions,
+    arguments: SentenceTransformerTrainingArguments,
+    inputs: TrainingInputs,
+    loss: TwoViewLoss,
+    evaluator: TokenizedSimilarityEvaluator | None,
+    callbacks: Sequence[TrainerCallback],
+) -> KDMCSETrainer:
+    """The trainer of a run, with what the options put around the student and its loss."""
+    model = loss.model
+    if options.lora:
+        add_lora(model, options.lora)
+    metric = [inputs.metric.evaluator] if inputs.metric else []
+    trainer = KDMCSETrainer(
+        model,
+        arguments,
+        inputs.sources,
+        loss=MatryoshkaLoss(model, loss, options.matryoshka_dims) if options.matryoshka_dims else loss,
+        evaluator=SequentialEvaluator([evaluator, *metric]) if evaluator else None,  # the last one is the score
+        pair_every=options.pair_every,
+        head_learning_rate=options.head_learning_rate,
+        captions_per_image_in_batch=options.captions_per_image_in_batch,
+        features=inputs.store,
+        pad_to_multiple_of=8 if options.compile else 1,
+        unpad=options.unpad,
+        callbacks=[*callbacks],
+    )
+    if trainer.pop_callback(ProgressCallback):  # the stock one
+        trainer.add_callback(ShowProgress())
+    return trainer
 
 
 def _export_source(options: TrainingOptions) -> tuple[str | None, Path | None]:
