@@ -1,4 +1,4 @@
-"""``st-kdmcse index build|images|add|update|remove|info``."""
+"""``st-kdmcse index build|images|add|update|remove|copy|info``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from st_kdmcse.files import progress_bar
 from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.build import build_index
+from st_kdmcse.search.copying import COPYING, copy_index
 from st_kdmcse.search.images import captions_by_image, index_images
 from st_kdmcse.search.records import RecordFile, TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex
@@ -246,6 +247,27 @@ def remove(address: str, ids: tuple[str, ...], model: str | None) -> None:
 
 
 @index.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@Factory
+@RecallTarget
+@MemoryLimit
+def copy(source: str, target: str, factory: str | None, recall_target: float, memory_limit: int | None) -> None:
+    """Copy the index FROM to TO: from a folder into Milvus, back, or to an index of another type.
+
+    The embeddings are copied as they are. Interrupted or killed, the same command goes on where it was.
+
+    \b
+    st-kdmcse index copy my-index "milvus://localhost/sentences?index=HNSW&index.M=16&index.efConstruction=200"
+    st-kdmcse index copy milvus://localhost/sentences my-index-again
+    """  # noqa: D301 - click reads the backspace character
+    quiet_libraries()
+    with friendly_errors("stopped; what was copied is kept, and the same command goes on from there"):
+        rows = copy_index(source, target, factory=factory, recall_target=recall_target, memory_limit=memory_limit)
+        click.echo(f"{rows:,} rows of {source} are in {target}")
+
+
+@index.command()
 @Address
 def compact(address: str) -> None:
     """Leave out of the index DIR, a folder, the vectors of texts that were removed or replaced.
@@ -341,7 +363,8 @@ def _info(address: str) -> dict[str, Any]:
         if isinstance(place, MilvusAddress)
         else {"checksums": "ok" if verified_in_full(header) else "sizes and a sample are ok"}
     )
-    return {**backend.info(), "model": header.get("model"), **details, **intact}
+    unfinished = {"unfinished copy of": header[COPYING]["from"]} if COPYING in header else {}
+    return {**backend.info(), "model": header.get("model"), **details, **intact, **unfinished}
 
 
 def _folder(address: str, otherwise: str) -> Path:

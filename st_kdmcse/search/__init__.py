@@ -2,6 +2,7 @@
 
 from st_kdmcse.search.base import Filter, Hit, Metadata, SearchBackend
 from st_kdmcse.search.build import build_index
+from st_kdmcse.search.copying import copy_index
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.images import index_images
 from st_kdmcse.search.records import RecordFile, TextRecord
@@ -18,5 +19,6 @@ __all__ = [
     "TextRecord",
     "UnknownIdError",
     "build_index",
+    "copy_index",
     "index_images",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -73,6 +73,11 @@ class NewRows:
     def __getitem__(self, rows: slice) -> NewRows:
         """Some of the rows."""
         return NewRows(self.ids[rows], self.texts[rows], self.embeddings[rows], self.metadata[rows])
+
+    def taken(self, rows: Sequence[int]) -> NewRows:
+        """The rows with these numbers."""
+        pick = lambda values: [values[row] for row in rows]  # noqa: E731
+        return NewRows(pick(self.ids), pick(self.texts), self.embeddings[list(rows)], pick(self.metadata))
 
     @classmethod
     def checked(
@@ -150,6 +155,16 @@ class SearchBackend(Protocol):
 
         Raises:
             KeyError: if an id is not there.
+        """
+
+    def all_rows(self, after: str = "") -> Iterator[NewRows]:
+        """All rows with their embeddings, some at a time, ordered by the code points of their ids.
+
+        Args:
+            after: only those whose ids come after this one.
+
+        Raises:
+            ValueError: if the embeddings are not kept as they were.
         """
 
     def search(self, queries: Matrix, k: int, where: Filter | None = None) -> list[list[Hit]]:

@@ -40,6 +40,7 @@ _REMEMBERED_FILTERS = 16
 _COMPACT_ABOVE, _COMPACT_SHARE = 1000, 0.25
 _MOST_EFFORT = 4096
 _QUERIES_AT_A_TIME = 1024
+_ROWS_AT_A_TIME = 1000
 _TRIED_ROWS, _TRIED_LISTS = 300, 16
 _RECALL_TARGET = 0.95  # of an index that was never tuned
 
@@ -190,6 +191,34 @@ class FaissBackend:
             key, text, metadata = rows[position]
             hits.append(Hit(key, text, 1.0, metadata))
         return hits
+
+    def all_rows(self, after: str = "") -> Iterator[NewRows]:
+        """All rows with their embeddings, some at a time, ordered by the code points of their ids.
+
+        Args:
+            after: only those whose ids come after this one.
+
+        Raises:
+            ValueError: if the vectors are compressed.
+        """
+        if not exact_scores(self.factory):
+            raise ValueError(
+                f"the index type {self.factory} keeps compressed vectors instead of the embeddings: build the copy "
+                "from the texts"
+            )
+        ivf = load_faiss().try_extract_index_ivf(self.index)
+        if ivf is not None:
+            ivf.make_direct_map(True)
+        try:
+            while page := self.table.after(after, _ROWS_AT_A_TIME):
+                positions, ids, texts, metadata = zip(*page, strict=True)
+                with self._lock:
+                    vectors = self.index.reconstruct_batch(np.array(positions, dtype=np.int64))
+                yield NewRows(list(ids), list(texts), vectors, list(metadata))
+                after = ids[-1]
+        finally:
+            if ivf is not None:
+                ivf.make_direct_map(False)
 
     def search(self, queries: Matrix, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The k nearest rows of each query, best first; fewer where there are fewer.

@@ -28,9 +28,11 @@ MAX_K = 16_384
 
 _IDENTITY = "st_kdmcse.identity"
 _IDS_AT_A_TIME = 1000
+_ROWS_AT_A_TIME = 500
 _BYTES_AT_A_TIME = 16 * 2**20  # a server refuses messages above 64 MB
 _UNFLUSHED_ROWS = 500  # milvus-lite takes 0.1 ms a search for each of them, and hardly anything for the others
 _STRONG = {"consistency_level": "Strong"}  # what was added is found
+_NEVER = 2**31 - 1
 _NOTHING = 'id == ""'  # no row has an empty id
 _OPERATORS = {"eq": "==", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 _DEFAULTS = MilvusOptions()
@@ -141,7 +143,7 @@ class MilvusBackend:
             OSError: if the server fails.
         """
         batches = self._batches(rows)
-        if there := self._stored(rows.ids):
+        if there := self.known(rows.ids):
             first = next(key for key in rows.ids if key in there)
             raise ValueError(f"the id {first!r} is there already: ids name one row each; update it, or remove it first")
         try:
@@ -188,6 +190,43 @@ class MilvusBackend:
         found = {row["id"]: row for row in self._query(ids, ["id", "text", "metadata"])}
         _require_all(ids, found)
         return [Hit(key, found[key]["text"], 1.0, _ungrouped(found[key]["metadata"])) for key in ids]
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Those ids that are there.
+
+        Raises:
+            OSError: if the server fails.
+        """
+        return {row["id"] for row in self._query(ids, ["id"])}
+
+    def all_rows(self, after: str = "") -> Iterator[NewRows]:
+        """All rows with their embeddings, some at a time, ordered by the code points of their ids.
+
+        Args:
+            after: only those whose ids come after this one.
+
+        Raises:
+            OSError: if the server fails.
+        """
+        with self._errors():
+            pages = self._client.query_iterator(
+                self._collection,
+                batch_size=_ROWS_AT_A_TIME,
+                filter=f"id > {_literal('id', after)}",
+                output_fields=["id", "text", "metadata", "embedding"],
+                **_STRONG,
+            )
+        try:
+            while True:
+                with self._errors():
+                    page = pages.next()
+                if not page:
+                    return
+                embeddings = np.array([row["embedding"] for row in page], dtype=np.float32)
+                metadata = [_ungrouped(row["metadata"]) for row in page]
+                yield NewRows([row["id"] for row in page], [row["text"] for row in page], embeddings, metadata)
+        finally:
+            pages.close()
 
     def search(self, queries: Matrix, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The k nearest rows of each query, best first; fewer where there are fewer.
@@ -267,7 +306,9 @@ class MilvusBackend:
         for name in noisy:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with self._errors():
-            return MilvusClient(self._uri, token=token or "")
+            # The server of milvus-lite, in this process, ends connections on which it is pinged.
+            options = {} if self._file is None else {"grpc_options": {"grpc.keepalive_time_ms": _NEVER}}
+            return MilvusClient(self._uri, token=token or "", **options)
 
     def _create(self, dim: int) -> None:
         from pymilvus import DataType
@@ -352,11 +393,8 @@ class MilvusBackend:
             with self._errors():
                 yield from self._client.query(self._collection, filter=wanted, output_fields=fields, **_STRONG)
 
-    def _stored(self, ids: Sequence[str]) -> set[str]:
-        return {row["id"] for row in self._query(ids, ["id"])}
-
     def _require(self, ids: Sequence[str]) -> None:
-        _require_all(ids, self._stored(ids))
+        _require_all(ids, self.known(ids))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

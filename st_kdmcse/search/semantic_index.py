@@ -20,6 +20,7 @@ from st_kdmcse.encoding import encode_documents, encode_queries, encoding_precis
 from st_kdmcse.precision import Precision
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import Filter, Hit, Metadata, NewRows, SearchBackend, unit_rows
+from st_kdmcse.search.copying import check_whole
 from st_kdmcse.search.faiss_backend import FaissBackend, try_factory
 from st_kdmcse.search.model_check import check_model, load_expected, load_named, model_header, same_model
 from st_kdmcse.search.storage import Verify, check_free, is_index, read_index, read_manifest, write_index
@@ -541,6 +542,7 @@ class SemanticIndex:
         backend = cast("MilvusBackend", open_backend(address, dim, create))
         header = backend.identity
         if header is not None:
+            check_whole(header, address)
             return cls._known(backend, header, loaded, address)
         if loaded is None:
             raise ValueError(f"{address} does not say which model it was made with: name it")

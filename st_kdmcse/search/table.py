@@ -182,6 +182,18 @@ class RowTable:
             for position, key, text, metadata in found
         }
 
+    def after(self, key: str, count: int) -> list[tuple[int, str, str, dict[str, Any]]]:
+        """Position, id, text and metadata of the next rows after an id, ordered by id; at most so many."""
+        query = 'SELECT position, id, text, metadata FROM "rows" WHERE id > ? ORDER BY id LIMIT ?'
+        with self._lock:
+            found = self._database.execute(query, (key, count)).fetchall()
+        return [(position, key, text, json.loads(metadata)) for position, key, text, metadata in found]
+
+    def last_id(self) -> str:
+        """The greatest id; "" without rows."""
+        with self._lock:
+            return str(self._database.execute("SELECT COALESCE(MAX(id), '') FROM \"rows\"").fetchone()[0])
+
     def matching(self, where: Filter) -> Positions:
         """Positions of the rows that a filter lets through, ascending.
 
