@@ -40,6 +40,7 @@ ADDED = {
 PARSED = {
     "python evaluation/grounding_evidence.py": "56 runs; tests/experiments/test_evidence.py runs it",
     "st-kdmcse serve": "it serves until it is stopped; tests/cli/test_serve.py runs it",
+    "st-kdmcse index copy": "it needs a Milvus server; make milvus runs it",
     "torchrun": "it needs several devices; tests/training/test_distributed.py runs it",
 }
 # What is neither, and what is looked at instead.

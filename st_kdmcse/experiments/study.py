@@ -172,6 +172,8 @@ def tune(
         base = _options(root / "trials", values, shared)
     if not base.eval_steps:
         raise ValueError("`eval_steps` must be above 0: trials are compared by their scores on STS-B dev")
+    if base.metric is not None:
+        raise ValueError("`metric`: trials are compared by their scores on STS-B dev; leave it out")
     check_inputs(base)
     with locked(root):
         claim(root / _SETTINGS, _settings(space, shared, base), "give those again, or choose another folder")

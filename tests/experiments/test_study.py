@@ -140,6 +140,7 @@ def test_a_trial_that_fails_does_not_end_the_study(given, tmp_path):
         ("search-space: [margin]", {}, "expected options by name"),
         ("{}", {}, "Missing option '--search-space'"),
         ("search-space: {margin: [0.1]}", {"eval-steps": 0}, "--eval-steps must be above 0"),
+        ("search-space: {margin: [0.1]}", {"metric": "nanobeir"}, "--metric: trials are compared by their scores"),
         ("search-space: {margin: [0.1]}", {"model": "bert-bse"}, "--model bert-bse is neither"),
     ],
 )
