@@ -140,7 +140,6 @@ def test_a_trial_that_fails_does_not_end_the_study(given, tmp_path):
         ("search-space: [margin]", {}, "expected options by name"),
         ("{}", {}, "Missing option '--search-space'"),
         ("search-space: {margin: [0.1]}", {"eval-steps": 0}, "--eval-steps must be above 0"),
-        ("search-space: {margin: [0.1]}", {"metric": "nanobeir"}, "--metric: trials are compared by their scores"),
         ("search-space: {margin: [0.1]}", {"model": "bert-bse"}, "--model bert-bse is neither"),
     ],
 )
@@ -153,6 +152,11 @@ def test_bad_spaces_are_refused_before_anything_is_made(data, tiny_bert, tmp_pat
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert not root.exists()
+
+
+def test_a_metric_that_trials_are_not_compared_by_is_refused(data, tiny_bert, tmp_path):
+    with pytest.raises(ValueError, match="`metric`: trials are compared by their scores on STS-B dev"):
+        tune(tmp_path / "root", {"margin": [0.1]}, 1, **options(data, tiny_bert, max_steps=2, metric="nanobeir"))
 
 
 def test_the_command(data, tiny_bert, tmp_path):
