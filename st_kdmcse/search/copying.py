@@ -178,8 +178,8 @@ def _into_folder(
 def _check_count(count: int, mark: Mapping[str, Any]) -> None:
     if count != mark["rows"]:
         raise ValueError(
-            f"{mark['from']} had {mark['rows']:,} rows at first, and {count:,} were copied: leave it as it is, and begin "
-            "again with another target"
+            f"{mark['from']} had {mark['rows']:,} rows at first, and {count:,} were copied: leave it as it is, and "
+            "begin again with another target"
         )
 
 
