@@ -193,6 +193,10 @@ def test_each_flag_of_the_text_is_one_of_a_command():
     assert flags <= known
 
 
+def test_it_is_read_in_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 900
+
+
 def test_each_command_is_in_it():
     for name in COMMANDS:
         assert re.search(rf"(st-kdmcse {name}|`{name}`|make {name}|^\| `{name})", TEXT, re.MULTILINE), name
