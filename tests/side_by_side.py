@@ -23,4 +23,4 @@ def train_and_interrupt(options):
     """Train, and send Ctrl-C to the first process at the tenth step of one run."""
     if options.seed == 0:
         at_path("checkpoint-10/trainer_state.json", lambda: os.kill(os.getppid(), signal.SIGINT))
-    return grid._train(options)
+    return grid.train_or_go_on(options)
