@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
@@ -18,5 +19,6 @@ from st_kdmcse.demo.run import run_demo
 def main(output_dir: Path, seed: int, quick: bool) -> None:
     """Try it all in a few minutes: train on generated scenes, score, search. It needs neither data nor network."""
     quiet_libraries()
+    logging.getLogger("st_kdmcse.training.student").setLevel(logging.WARNING)  # the tour says how it pools
     with friendly_errors():
         run_demo(output_dir, seed, quick)
