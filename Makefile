@@ -41,7 +41,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS="ignore:IProgress not found" PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
 
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel
