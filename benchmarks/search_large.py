@@ -33,11 +33,10 @@ from st_kdmcse.files import check_output_file, progress_bar, write_json
 from st_kdmcse.processes import memory_mib
 from st_kdmcse.provenance import provenance
 from st_kdmcse.search.base import unit_rows
-from st_kdmcse.search.build import fill_index
 from st_kdmcse.search.factory import choose_factory, stays_on_disk
 from st_kdmcse.search.model_check import model_header
 from st_kdmcse.search.on_disk import EXACT
-from st_kdmcse.search.storage import is_index, read_index
+from st_kdmcse.search.storage import fill_index, is_index, read_index
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import exact_search
 

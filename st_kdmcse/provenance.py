@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import PretrainedConfig
 
 from st_kdmcse._version import __version__
 from st_kdmcse.files import read_json, write_json
@@ -106,14 +107,20 @@ def model_checksum(model: SentenceTransformer) -> str:
     settings = [
         parameters_checksum(model),
         [(type(module).__name__, module.get_config_dict()) for module in model],
-        {name: each for name, each in (config.to_diff_dict() if config else {}).items() if name not in _NO_SETTINGS},
-        _tokenizer_content(getattr(model[0], "tokenizer", None)),
+        configuration_content(config) if config else {},
+        tokenizer_content(getattr(model[0], "tokenizer", None)),
         [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name, model.max_seq_length],
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _tokenizer_content(tokenizer: Any) -> Any:
+def configuration_content(config: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration of transformers says of a model, for a checksum: not where and when it was saved."""
+    return {name: value for name, value in config.to_diff_dict().items() if name not in _NO_SETTINGS}
+
+
+def tokenizer_content(tokenizer: Any) -> Any:
+    """What decides how a tokenizer cuts texts, for a checksum."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None

@@ -91,7 +91,7 @@ def build(
     quiet_libraries()
     with friendly_errors("stopped; what was encoded is kept, and the same command goes on from there"):
         records = record_file(file, columns)
-        queries = None if tune_queries is None else [record.text for record in RecordFile(tune_queries)]
+        queries = _queries(tune_queries)
         place = parse_address(out)
         if isinstance(place, MilvusAddress):
             if factory or tune_queries or memory_limit or mmap or devices:
@@ -138,6 +138,7 @@ def build(
 )
 @Factory
 @RecallTarget
+@TuneQueries
 @MemoryLimit
 def images(
     source: Path,
@@ -147,6 +148,7 @@ def images(
     on_error: Literal["raise", "skip"],
     factory: str | None,
     recall_target: float,
+    tune_queries: Path | None,
     memory_limit: int | None,
 ) -> None:
     """Index the images of the folder SOURCE, to be found by sentences and by images.
@@ -177,6 +179,7 @@ def images(
             factory=factory,
             recall_target=recall_target,
             memory_limit=memory_limit,
+            tune_queries=_queries(tune_queries),
         )
         click.echo(f"{len(made):,} images of {folder or source} are in {out}")
         click.echo(f'search them: st-kdmcse search {shlex.quote(str(out))} "a query"')
@@ -337,6 +340,10 @@ def _fill(opened: SemanticIndex, records: RecordFile, total: int) -> None:
             raise ValueError("there are other texts in that collection: add to it with st-kdmcse index add")
     for chunk in _chunks(records, total, done):
         opened.add(_texts(chunk), [record.id for record in chunk], _metadata(chunk), show_progress_bar=False)
+
+
+def _queries(file: Path | None) -> list[str] | None:
+    return None if file is None else [record.text for record in RecordFile(file)]
 
 
 def _texts(chunk: Iterable[TextRecord]) -> list[str]:

@@ -110,6 +110,10 @@ def search(
     st-kdmcse search my-images --image photo.jpg
     """  # noqa: D301 - click reads the backspace character
     quiet_libraries()
+
+    def opened() -> SemanticIndex:
+        return SemanticIndex.open(address, model, precision=precision, mmap=mmap)
+
     with friendly_errors("stopped; nothing was written"):
         where = parse_filter(conditions)
         text = " ".join(query)
@@ -119,8 +123,7 @@ def search(
             if query or queries is not None:
                 raise ValueError("--image goes without a query and --queries")
             picture = load_image(image)
-            index = SemanticIndex.open(address, model, precision=precision)
-            (hits,) = search_typed(index, [picture], k, where, images=True)
+            (hits,) = search_typed(opened(), [picture], k, where, images=True)
             click.echo(document(None, k, where, hits, image) if as_json else table(hits))
         elif queries is not None:
             if query or as_json or out is None:
@@ -128,17 +131,16 @@ def search(
             out = output_file(out, queries)
             records = record_file(queries, columns)
             total = records.check()
-            opened = SemanticIndex.open(address, model, precision=precision, mmap=mmap)
-            count = write_rows(out, RESULT_COLUMNS, _results(opened, records, total, k, where, out))
+            count = write_rows(out, RESULT_COLUMNS, _results(opened(), records, total, k, where, out))
             click.echo(f"{count:,} results of {total:,} queries are in {out}")
             say_what_was_skipped(records)
         elif out is not None or any(columns.values()):
             raise ValueError("--out and the columns of a file go with --queries FILE")
         elif query:
-            (hits,) = search_typed(SemanticIndex.open(address, model, precision=precision, mmap=mmap), [text], k, where)
+            (hits,) = search_typed(opened(), [text], k, where)
             click.echo(document(text, k, where, hits) if as_json else table(hits))
         else:
-            _prompt(SemanticIndex.open(address, model, precision=precision, mmap=mmap), k, where, as_json)
+            _prompt(opened(), k, where, as_json)
 
 
 @command()

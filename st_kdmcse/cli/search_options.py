@@ -96,7 +96,7 @@ RecallTarget = click.option(
 TuneQueries = click.option(
     "--tune-queries",
     type=click.Path(path_type=Path),
-    help="File of queries such as users ask, one a line, to tune the index on.  [some of the texts]",
+    help="File of queries such as users ask, one a line, to tune the index on.  [some of what is indexed]",
 )
 
 

@@ -135,7 +135,9 @@ def evaluate_sits(
     embeddings = encode_images(model, files, show_progress_bar, precision)
     rows = {name: row for row, name in enumerate(names)}
     of_pairs = embeddings[[rows[name] for name in pairs.images]]
-    return score_sits(pairs, texts(pairs.captions), of_pairs, draws=draws, seed=seed)
+    return score_sits(
+        pairs, texts(pairs.captions), of_pairs, draws=draws, seed=seed, show_progress_bar=show_progress_bar
+    )
 
 
 def score_sits(

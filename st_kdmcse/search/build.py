@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,19 @@ from tqdm import tqdm
 
 from st_kdmcse.data.seen import Seen
 from st_kdmcse.encoding import computing, encode_documents, encoding_precision
-from st_kdmcse.files import LOCK, atomic_file, locked, manifest_checksum, progress_bar, sha256_file, write_json
+from st_kdmcse.files import atomic_file, locked, manifest_checksum, progress_bar, sha256_file, write_json
 from st_kdmcse.precision import Precision
 from st_kdmcse.provenance import claim, parameters_checksum
 from st_kdmcse.search.base import Matrix, NewRows, unit_rows
-from st_kdmcse.search.factory import build_faiss, stays_on_disk
-from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
+from st_kdmcse.search.factory import stays_on_disk
+from st_kdmcse.search.faiss_backend import chosen_factory
 from st_kdmcse.search.model_check import model_header
 from st_kdmcse.search.on_disk import EXACT
 from st_kdmcse.search.records import TextRecord
 from st_kdmcse.search.semantic_index import SemanticIndex, check_tune_queries, encoded_queries
-from st_kdmcse.search.storage import check_free, is_index, write_index, writing
+from st_kdmcse.search.storage import check_free, fill_index, is_index, remove_work, writing
 from st_kdmcse.search.table import RowTable
-from st_kdmcse.search.tuning import Vectors, check_recall_target
+from st_kdmcse.search.tuning import check_recall_target
 
 logger = logging.getLogger(__name__)
 
@@ -133,43 +132,10 @@ def build_index(
             show_progress_bar,
             queries,
             parts.path / EXACT if on_disk else None,
+            _FULL,
         )
         parts.remove()
     return SemanticIndex.load(path, model)
-
-
-def fill_index(
-    path: Path,
-    vectors: Vectors,
-    table: RowTable,
-    header: Mapping[str, Any],
-    factory: str,
-    recall_target: float = 0.95,
-    memory_limit: int | None = None,
-    show_progress_bar: bool | None = None,
-    tune_queries: Matrix | None = None,
-    exact: Path | None = None,
-) -> None:
-    """Index vectors that are read as they are needed, and save the index.
-
-    Args:
-        path: folder for the index.
-        vectors: (n, dim) of length 1.
-        table: the n rows, in their order; changed.
-        header: of the model, see :func:`~st_kdmcse.search.model_check.model_header`.
-        factory: FAISS's name of the index type.
-        recall_target: recall@10 to reach.
-        memory_limit: bytes; a third of them is for the sample that an index on disk is trained on.
-        show_progress_bar: None shows one in a terminal, after two seconds.
-        tune_queries: (q, dim) of length 1; None takes rows.
-        exact: file for the whole vectors of an index that stays on disk; it becomes a part of the index.
-    """
-    sample = memory_limit // 3 if exact is not None and memory_limit is not None else memory_limit
-    with nullcontext() if exact is None else writing(exact, _FULL):
-        built = build_faiss(vectors, factory, recall_target, sample, show_progress_bar, tune_queries, exact)
-    with writing(path, _FULL), table.transaction():
-        table.move(built.swaps)
-    write_index(path, FaissBackend(built.index, table, factory, built.tuning, exact=exact), header)
 
 
 class _Parts:
@@ -256,12 +222,9 @@ class _Parts:
         return array
 
     def remove(self) -> None:
-        """Delete the folder; what tells that it is one goes last."""
+        """Delete the folder."""
         self.table.close()
-        for file in self.path.iterdir():
-            if file.name not in (_RUN, LOCK):
-                file.unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_work(self.path, _RUN)
 
     def _file(self, number: int, suffix: str) -> Path:
         return self.path / f"part-{number:06d}.{suffix}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,9 +14,16 @@ from st_kdmcse.files import locked, progress_bar
 from st_kdmcse.provenance import claim
 from st_kdmcse.search.address import MilvusAddress, open_backend, parse_address
 from st_kdmcse.search.base import NewRows, SearchBackend
-from st_kdmcse.search.factory import build_faiss
-from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
-from st_kdmcse.search.storage import check_free, read_index, write_index, writing
+from st_kdmcse.search.faiss_backend import chosen_factory
+from st_kdmcse.search.storage import (
+    check_free,
+    fill_index,
+    is_index,
+    read_index,
+    read_manifest,
+    remove_work,
+    writing,
+)
 from st_kdmcse.search.table import RowTable
 from st_kdmcse.search.tuning import check_recall_target
 
@@ -29,6 +35,7 @@ logger = logging.getLogger(__name__)
 COPYING = "copying"
 """What the identity of a collection has as long as not all is there: where its rows come from."""
 
+_COPY = "copy.json"
 _OF_THE_MODEL = ("model", "probe", "precision", "images")
 _FULL = "what was copied is kept there: free space and repeat"
 _FLOAT = 4
@@ -70,7 +77,7 @@ def copy_index(
     origin, place = parse_address(source), parse_address(target)
     if isinstance(place, MilvusAddress) and (factory or memory_limit):
         raise ValueError("`factory` and `memory_limit` are for an index in a folder, not in Milvus")
-    if isinstance(place, Path):
+    if isinstance(place, Path) and not (_unfinished(place) / _COPY).is_file():
         check_free(place)
     rows, header, mark = _opened(origin)
     if not len(rows):
@@ -143,12 +150,16 @@ def _into_folder(
     memory_limit: int | None,
     show: bool | None,
 ) -> None:
-    path = path if path.name.strip(".") else path.resolve()
-    unfinished = path.with_name(f"{path.name}.copy")
+    unfinished = _unfinished(path)
     table_file, vectors_file = unfinished / "rows.sqlite", unfinished / "vectors.f32"
     with locked(unfinished):
         with writing(unfinished, _FULL):
-            claim(unfinished / "copy.json", mark, "delete that folder to begin again")
+            claim(unfinished / _COPY, mark, "delete that folder to begin again")
+        if _is_copy(path, header, mark):  # killed after the last step
+            remove_work(unfinished, _COPY)
+            return
+        check_free(path)
+        with writing(unfinished, _FULL):
             table = RowTable.create(table_file)
             vectors_file.touch()
         try:
@@ -166,13 +177,23 @@ def _into_folder(
             table.close()
         _check_count(done, mark)
         vectors = np.memmap(vectors_file, np.float32, "r", shape=(done, rows.dim))
-        built = build_faiss(vectors, factory, recall_target, memory_limit, show)
         table = RowTable.open(table_file)  # changes go into a copy of it: the next run would find it as it is
-        with table.transaction():
-            table.move(built.swaps)
-        write_index(path, FaissBackend(built.index, table, factory, built.tuning), header)
+        fill_index(path, vectors, table, header, factory, recall_target, memory_limit, show, remedy=_FULL)
         table.close()
-    shutil.rmtree(unfinished, ignore_errors=True)
+        remove_work(unfinished, _COPY)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a copy is made; it may be there already."""
+    path = path if path.name.strip(".") else path.resolve()
+    return path.with_name(f"{path.name}.copy")
+
+
+def _is_copy(path: Path, header: Mapping[str, Any], mark: Mapping[str, Any]) -> bool:
+    if not is_index(path):
+        return False
+    found = read_manifest(path)
+    return bool(found["rows"] == mark["rows"] and all(found.get(name) == value for name, value in header.items()))
 
 
 def _check_count(count: int, mark: Mapping[str, Any]) -> None:

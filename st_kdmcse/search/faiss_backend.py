@@ -206,19 +206,13 @@ class FaissBackend:
                 f"the index type {self.factory} keeps compressed vectors instead of the embeddings: build the copy "
                 "from the texts"
             )
-        ivf = load_faiss().try_extract_index_ivf(self.index)
-        if ivf is not None:
-            ivf.make_direct_map(True)
-        try:
+        with _readable(self.index):
             while page := self.table.after(after, _ROWS_AT_A_TIME):
                 positions, ids, texts, metadata = zip(*page, strict=True)
                 with self._lock:
                     vectors = self.index.reconstruct_batch(np.array(positions, dtype=np.int64))
                 yield NewRows(list(ids), list(texts), vectors, list(metadata))
                 after = ids[-1]
-        finally:
-            if ivf is not None:
-                ivf.make_direct_map(False)
 
     def search(self, queries: Matrix, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """The k nearest rows of each query, best first; fewer where there are fewer.
@@ -264,16 +258,11 @@ class FaissBackend:
                 self._take(Built(self.index, self.tuning, live, {}))
                 return True
             logger.info("filling the index again without %s rows that are gone", f"{self.index.ntotal - len(live):,}")
-            ivf = load_faiss().try_extract_index_ivf(self.index)
             try:
-                if ivf is not None:
-                    ivf.make_direct_map(True)
-                vectors = self.index.reconstruct_batch(live)
+                with _readable(self.index):
+                    vectors = self.index.reconstruct_batch(live)
             except RuntimeError:
                 return False
-            finally:
-                if ivf is not None:
-                    ivf.make_direct_map(False)
             built = self._built(vectors)
             with self.table.transaction():
                 self.table.renumber(live)
@@ -435,6 +424,19 @@ class FaissBackend:
                     hits.append(Hit(key, text, score, dict(metadata)))
             results.append(hits)
         return results
+
+
+@contextmanager
+def _readable(index: Any) -> Iterator[None]:
+    """Let vectors be read back by their positions, which inverted lists need a map for."""
+    ivf = load_faiss().try_extract_index_ivf(index)
+    try:
+        if ivf is not None:
+            ivf.make_direct_map(True)
+        yield
+    finally:
+        if ivf is not None:
+            ivf.make_direct_map(False)
 
 
 def chosen_factory(rows: int, dim: int, factory: str | None, memory_limit: int | None) -> str:

@@ -13,11 +13,12 @@ from sentence_transformers import SentenceTransformer
 from st_kdmcse.data.images import ImageError
 from st_kdmcse.data.store import FeatureStore
 from st_kdmcse.search.base import Metadata, NewRows
-from st_kdmcse.search.faiss_backend import FaissBackend
+from st_kdmcse.search.factory import is_exact
+from st_kdmcse.search.faiss_backend import FaissBackend, chosen_factory
 from st_kdmcse.search.model_check import load_named
-from st_kdmcse.search.semantic_index import SemanticIndex
+from st_kdmcse.search.semantic_index import SemanticIndex, check_tune_queries, encoded_queries
 from st_kdmcse.search.storage import check_free
-from st_kdmcse.search.tuning import check_recall_target
+from st_kdmcse.search.tuning import MOST_QUERIES, check_recall_target
 from st_kdmcse.teachers import SentenceTransformerTeacher
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def index_images(
     recall_target: float = 0.95,
     memory_limit: int | None = None,
     show_progress_bar: bool | None = None,
+    tune_queries: Sequence[str] | None = None,
 ) -> SemanticIndex:
     """Index the images of a folder, to be found by sentences and by images.
 
@@ -57,6 +59,8 @@ def index_images(
         recall_target: recall@10 that an approximate index is tuned to reach, in (0, 1].
         memory_limit: bytes for the vectors.
         show_progress_bar: None shows one in a terminal, after two seconds.
+        tune_queries: sentences such as users search by, which an approximate index is tuned on. None takes some of the
+            captions; without any it takes images, and what is said of its recall holds for those alone.
 
     Raises:
         FileNotFoundError: if there is no such folder, or files are missing; says how many.
@@ -67,6 +71,7 @@ def index_images(
     path, folder = Path(path), Path(folder).resolve()
     check_free(path)
     check_recall_target(recall_target)
+    check_tune_queries(tune_queries)
     names = _image_files(folder) if captions is None else list(captions)
     if captions is not None:
         _check_files(folder, names)
@@ -101,10 +106,19 @@ def index_images(
         embeddings[chosen],
         [metadata[row] for row in chosen],
     )
-    backend = FaissBackend.build(new, factory, recall_target, memory_limit, show_progress_bar)
+    if tune_queries is None and captions is not None:
+        tune_queries = _some_captions([caption for row in chosen for caption in captions[names[row]]])
+    factory = chosen_factory(len(new), embeddings.shape[1], factory, memory_limit)
+    queries = None if is_exact(factory) else encoded_queries(encoder, tune_queries or None)
+    backend = FaissBackend.build(new, factory, recall_target, memory_limit, show_progress_bar, queries)
     index = SemanticIndex(backend, encoder, model_name, {"folder": str(folder)})
     index.save(path)
     return index
+
+
+def _some_captions(captions: Sequence[str]) -> list[str]:
+    drawn = np.random.default_rng(0).permutation(len(captions))[:MOST_QUERIES]
+    return [captions[number] for number in drawn.tolist()]
 
 
 def captions_by_image(store: FeatureStore) -> dict[str, list[str]]:

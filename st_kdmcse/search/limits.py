@@ -35,7 +35,7 @@ class Limits:
         results: of a search; 1 to 1,000.
         requests_per_minute: queries of a client's address, as many at once; 1 to 1,000,000. Of all else it may ask for
             one a result.
-        waiting: searches that may wait for the one that runs; 0 to 1,000.
+        waiting: queries that may run or wait when a search comes; with more of them it is refused; 0 to 1,000.
         queries: of one request, which may not be more than those of a minute; 1 to 1,000.
         image_bytes: of an image that is searched by; 1 to 64 MiB.
 
@@ -46,7 +46,7 @@ class Limits:
     query_characters: int = 1_000
     results: int = 100
     requests_per_minute: int = 120
-    waiting: int = 16
+    waiting: int = 64
     queries: int = 64
     image_bytes: int = 10 << 20
 
@@ -92,30 +92,46 @@ class BusyError(Exception):
 
 
 class Turns:
-    """A thread in which calls take turns, and a place for some to wait."""
+    """A thread in which calls take turns.
+
+    Args:
+        waiting: items of calls that may run or wait when a call comes.
+    """
 
     def __init__(self, waiting: int) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._places = threading.BoundedSemaphore(waiting + 1)
+        self._waiting = waiting
+        self._items = 0
+        self._lock = threading.Lock()
 
-    async def take(self, call: Callable[[], _Result]) -> _Result:
+    async def take(self, call: Callable[[], _Result], items: int = 1) -> _Result:
         """The result of a call, after its turn has come.
 
+        Args:
+            call: what to do.
+            items: how much it is.
+
         Raises:
-            BusyError: if all places are taken.
+            BusyError: if too much runs and waits.
         """
-        if not self._places.acquire(blocking=False):
-            raise BusyError
+        with self._lock:
+            if self._items > self._waiting:
+                raise BusyError
+            self._items += items
         future = self._thread.submit(call)
-        future.add_done_callback(lambda _: self._places.release())
+        future.add_done_callback(lambda _: self._done(items))
         return await asyncio.wrap_future(future)
+
+    def _done(self, items: int) -> None:
+        with self._lock:
+            self._items -= items
 
 
 class SharedTurns:
     """Turns in which questions that wait, and can be answered at once, are answered at once.
 
     Args:
-        waiting: questions that may wait.
+        waiting: items of questions that may run or wait when a question comes.
         most: of the items of one turn.
     """
 
@@ -136,13 +152,13 @@ class SharedTurns:
             kind: of the question; the items of questions of one kind may be given to the ``answer`` of any of them.
 
         Raises:
-            BusyError: if all places are taken.
+            BusyError: if too much runs and waits.
         """
         mine = _Asked[_Item, _Result](items, kind)
         with self._lock:
             self._asked.append(mine)
         try:
-            return await self._turns.take(lambda: self._turn(answer, mine))
+            return await self._turns.take(lambda: self._turn(answer, mine), len(items))
         finally:
             with self._lock, suppress(ValueError):
                 self._asked.remove(mine)

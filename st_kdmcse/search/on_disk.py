@@ -115,7 +115,6 @@ def write_on_disk(index: Any, exact: Path, folder: Path) -> list[str]:
                 file.write(ids.tobytes())
         file.write(b"\0" * _ALIGNED)  # whatever reads a little further
     np.save(folder / OFFSETS, offsets)
-    np.save(folder / OFFSETS, offsets)
     empty = faiss.ArrayInvertedLists(int(lists.nlist), size)
     coarse.replace_invlists(empty, True)
     empty.this.disown()

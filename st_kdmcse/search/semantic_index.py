@@ -186,6 +186,7 @@ class SemanticIndex:
         recall_target: float = 0.95,
         memory_limit: int | None = None,
         show_progress_bar: bool | None = None,
+        tune_queries: Sequence[str] | None = None,
     ) -> SemanticIndex:
         """Like :meth:`build`, from embeddings that the model has made already.
 
@@ -199,15 +200,20 @@ class SemanticIndex:
             recall_target: recall@10 to reach.
             memory_limit: bytes for the vectors.
             show_progress_bar: None shows one in a terminal, after two seconds.
+            tune_queries: queries such as users ask, which an approximate index is tuned on.
 
         Raises:
             ValueError: as :meth:`build`; also for embeddings that are zero, not finite or of another width.
         """
         check_recall_target(recall_target)
+        check_tune_queries(tune_queries)
         model, name = load_named(model)
         texts = checked_texts(texts)
         rows = NewRows.checked(_new_ids(ids, texts), texts, embeddings, None if metadata is None else list(metadata))
-        return cls._from_rows(model, name, rows, factory, recall_target, memory_limit, show_progress_bar)
+        queries = encoded_queries(model, tune_queries)
+        return cls._from_rows(
+            model, name, rows, factory, recall_target, memory_limit, show_progress_bar, tune_queries=queries
+        )
 
     @classmethod
     def load(
@@ -476,6 +482,7 @@ class SemanticIndex:
             **self.backend.info(),
             "model": self._header["model"],
             "path": None if self._path is None else str(self._path),
+            "rows_are": "images" if "images" in self._header else "texts",
         }
 
     @property

@@ -111,7 +111,7 @@ def create_app(
     gallery_of(index)
     current = _Current(index)
     search_turns = SharedTurns(limits.waiting, limits.queries)
-    other_turns = Turns((limits.waiting + 1) * limits.results)
+    other_turns = Turns(limits.waiting * limits.results)
     search_rate = RateLimit(limits.requests_per_minute)
     other_rate = RateLimit(limits.requests_per_minute * limits.results)
     app = FastAPI(
@@ -399,4 +399,5 @@ def _description(index: SemanticIndex, limits: Limits, gallery: Gallery | None) 
         "limits": asdict(limits),
         "images": gallery is not None,
         "image_queries": index.takes_images,
+        "rows_are": known["rows_are"],
     }

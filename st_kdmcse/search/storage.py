@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,12 +20,13 @@ from st_kdmcse import files
 from st_kdmcse.files import LOCK, byte_progress, locked, manifest_checksum, sha256_file, sync_path, write_json
 from st_kdmcse.processes import free_memory
 from st_kdmcse.provenance import versions
-from st_kdmcse.search.factory import size_text
+from st_kdmcse.search.base import Matrix
+from st_kdmcse.search.factory import build_faiss, size_text
 from st_kdmcse.search.faiss_backend import FaissBackend
 from st_kdmcse.search.faiss_library import faiss_reason, load_faiss
 from st_kdmcse.search.on_disk import VECTORS, read_on_disk, write_on_disk
 from st_kdmcse.search.table import RowTable
-from st_kdmcse.search.tuning import Tuning
+from st_kdmcse.search.tuning import Tuning, Vectors
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,55 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if found:
         raise ValueError(f"{path / MANIFEST} was not written by st_kdmcse: {found}; {_REMEDY}")
     return manifest
+
+
+def fill_index(
+    path: Path,
+    vectors: Vectors,
+    table: RowTable,
+    header: Mapping[str, Any],
+    factory: str,
+    recall_target: float = 0.95,
+    memory_limit: int | None = None,
+    show_progress_bar: bool | None = None,
+    tune_queries: Matrix | None = None,
+    exact: Path | None = None,
+    remedy: str = "free space there, and build the index again",
+) -> None:
+    """Index vectors that are read as they are needed, and save the index.
+
+    Args:
+        path: folder for the index.
+        vectors: (n, dim) of length 1.
+        table: the n rows, in their order; changed.
+        header: of the model, see :func:`~st_kdmcse.search.model_check.model_header`.
+        factory: FAISS's name of the index type.
+        recall_target: recall@10 to reach.
+        memory_limit: bytes; a third of them is for the sample that an index on disk is trained on.
+        show_progress_bar: None shows one in a terminal, after two seconds.
+        tune_queries: (q, dim) of length 1; None takes rows.
+        exact: file for the whole vectors of an index that stays on disk; it becomes a part of the index.
+        remedy: what an error of a full disk says.
+    """
+    sample = memory_limit // 3 if exact is not None and memory_limit is not None else memory_limit
+    with nullcontext() if exact is None else writing(exact, remedy):
+        built = build_faiss(vectors, factory, recall_target, sample, show_progress_bar, tune_queries, exact)
+    with writing(path, remedy), table.transaction():
+        table.move(built.swaps)
+    write_index(path, FaissBackend(built.index, table, factory, built.tuning, exact=exact), header)
+
+
+def remove_work(folder: Path, settings: str) -> None:
+    """Delete the folder of work that is done; killed meanwhile, the folder still tells what it is.
+
+    Args:
+        folder: of files alone.
+        settings: name of the file that tells, which goes last.
+    """
+    for file in folder.iterdir():
+        if file.name not in (settings, LOCK):
+            file.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_index(

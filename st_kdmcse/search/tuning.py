@@ -19,6 +19,8 @@ from st_kdmcse.search.faiss_library import load_faiss
 logger = logging.getLogger(__name__)
 
 RECALL_AT = 10
+MOST_QUERIES = 2_000
+"""That are taken from the rows."""
 
 _BLOCK = 16_384
 
@@ -26,7 +28,6 @@ _PLATEAU = 0.002
 _ROUNDING = 1e-5
 _QUANTILE = 2.576
 """Of the normal distribution: half a percent lies above."""
-_MOST_QUERIES = 2_000
 _NEIGHBOURS, _REFERENCE = 100, 30
 _MOST_CANDIDATES = 64
 _QUERIES_AT_A_TIME = 256
@@ -125,7 +126,7 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
         Up to 2,000 queries; None if there are too few rows for any.
     """
     rows = vectors.shape[0]
-    count = min(_MOST_QUERIES, rows // 10)
+    count = min(MOST_QUERIES, rows // 10)
     if not count:
         return None
     drawn = np.random.default_rng(0).choice(rows, count, replace=False)

@@ -152,10 +152,7 @@ def check_inputs(options: TrainingOptions) -> None:
         ValueError, FileNotFoundError, ConnectionError: for what the run would fail of; names the parameter or the file.
     """
     _check_paths(options)
-    check_modules(options.model, options.pooling)
-    kind = encoder_type(options.model)
-    if options.lora:
-        check_lora(kind)
+    check_encoder(options)
     _load_sts(options)
     load_metric(options.metric, options.nanobeir_data)
     evaluated = None if options.exclude_overlap is None else load_evaluation_texts(options.exclude_overlap)
@@ -166,6 +163,26 @@ def check_inputs(options: TrainingOptions) -> None:
         store.verify()
         _left_out(options, store, None if evaluated is None else find_overlap(store, evaluated))
     check_student(options)
+
+
+def check_encoder(options: TrainingOptions) -> str:
+    """Refuse an encoder that cannot be trained as the options say, before it is loaded.
+
+    Args:
+        options: the run.
+
+    Returns:
+        Its type, such as "bert".
+
+    Raises:
+        ImportError: if a package is missing that the options need.
+        ValueError, FileNotFoundError, ConnectionError: names what is wrong.
+    """
+    check_modules(options.model, options.pooling)
+    kind = encoder_type(options.model)
+    if options.lora:
+        check_lora(kind)
+    return kind
 
 
 def check_student(options: TrainingOptions) -> None:

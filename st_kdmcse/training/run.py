@@ -42,8 +42,14 @@ from st_kdmcse.training.checkpoints import (
 )
 from st_kdmcse.training.head_init import align_heads
 from st_kdmcse.training.hub import check_repository, create_repository, push
-from st_kdmcse.training.inputs import TrainingInputs, check_sizes, check_student, data_checksums, encoder_type
-from st_kdmcse.training.lora import LORA_NAME, add_lora, check_lora
+from st_kdmcse.training.inputs import (
+    TrainingInputs,
+    check_encoder,
+    check_sizes,
+    check_student,
+    data_checksums,
+)
+from st_kdmcse.training.lora import LORA_NAME, add_lora
 from st_kdmcse.training.methods import build_loss
 from st_kdmcse.training.options import TrainingOptions
 from st_kdmcse.training.progress import ShowProgress
@@ -68,7 +74,6 @@ from st_kdmcse.training.schedule import pair_rows
 from st_kdmcse.training.student import (
     build_student,
     check_matryoshka_dims,
-    check_modules,
     enable_checkpointing,
     student_checksums,
 )
@@ -141,10 +146,7 @@ def _check_before_data(options: TrainingOptions, state: PartialState) -> tuple[s
     if state.is_main_process:
         check_output_dir(options.output_dir, options.resume, options.extraction is not None)
         repository = check_repository(options.push_to_hub, options.private) if options.push_to_hub else None
-    check_modules(options.model, options.pooling)
-    kind = encoder_type(options.model)
-    if options.lora:
-        check_lora(kind)
+    kind = check_encoder(options)
     if options.extraction is not None:
         check_student(options)
     return kind, repository

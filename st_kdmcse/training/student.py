@@ -15,9 +15,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import batch_to_device, load_file_path
 from torch import nn
-from transformers import PretrainedConfig
 
-from st_kdmcse.provenance import parameters_checksum
+from st_kdmcse.provenance import configuration_content, parameters_checksum, tokenizer_content
 from st_kdmcse.upstream import checkpoint_activations
 
 logger = logging.getLogger(__name__)
@@ -212,19 +211,10 @@ def student_checksums(encoder: nn.Module, tokenizer: Any, modules: Sequence[Any]
         tokenizer: that belongs to it.
         modules: of sentence-transformers that follow the encoder, such as its pooling.
     """
-    config: PretrainedConfig = encoder.config
-    ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
-    settings = {name: value for name, value in config.to_diff_dict().items() if name not in ignored}
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        vocabulary = sorted(tokenizer.get_vocab().items())
-    else:
-        vocabulary = json.loads(fast.to_str())
-        del vocabulary["truncation"], vocabulary["padding"]  # those of the last call
     checksums = {
         "weights": parameters_checksum(encoder),
-        "configuration": _checksum(settings),
-        "tokenizer": _checksum(vocabulary),
+        "configuration": _checksum(configuration_content(encoder.config)),
+        "tokenizer": _checksum(tokenizer_content(tokenizer)),
     }
     if modules:
         configurations = [[type(module).__name__, module.get_config_dict()] for module in modules]

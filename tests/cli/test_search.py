@@ -359,7 +359,7 @@ def test_an_interrupted_build_goes_on(tmp_path, index, articles, model, monkeypa
 
     arguments = ["index", "build", articles, "--model", model, "--out", tmp_path / "again", *COLUMNS]
     with monkeypatch.context() as patched:
-        patched.setattr("st_kdmcse.search.build.build_faiss", interrupted)
+        patched.setattr("st_kdmcse.search.storage.build_faiss", interrupted)
         result = run(*arguments)
     assert (result.exit_code, "the same command goes on from there" in result.stderr) == (130, True), result.output
     assert not (tmp_path / "again").exists()

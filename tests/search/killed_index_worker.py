@@ -1,6 +1,6 @@
-"""Builds, adds to, or saves an index in child processes that are killed at file operations.
+"""Builds, adds to, saves, or copies an index in child processes that are killed at file operations.
 
-Usage: MODEL FOLDER build|add|save. Prints, as JSON, how many were killed and, of `add`, the number of rows after each.
+Usage: MODEL FOLDER build|add|save|copy. Prints, as JSON, how many were killed and, of `add`, the rows after each.
 It forks before it computes anything: a child of a process whose threads have run hangs.
 """
 
@@ -19,7 +19,7 @@ from file_events import at_operation, kill_group
 from helpers import WORDS
 
 from st_kdmcse import build_student
-from st_kdmcse.search import SemanticIndex, TextRecord, build_index
+from st_kdmcse.search import SemanticIndex, TextRecord, build_index, copy_index, faiss_backend
 from st_kdmcse.search.storage import is_index
 
 ROWS, ADDED = 120, 30
@@ -44,6 +44,18 @@ def add(model, path):
 def save(model, path):
     """Save a new index."""
     SemanticIndex.build(model, TEXTS[:8]).save(path)
+
+
+def copy(model, path):
+    """Copy the index beside it in parts; to write a part through to the disk counts as a file operation."""
+    fsync = os.fsync
+
+    def synced(descriptor):
+        fsync(descriptor)
+        sys.audit("os.mkdir", f"{path}.synced", 0, -1)
+
+    os.fsync, faiss_backend._ROWS_AT_A_TIME = synced, 50
+    copy_index(path.with_name("source"), path, factory="IVF4,Flat")
 
 
 def check(model, path):
@@ -84,7 +96,7 @@ def in_child(act, path, operation=None):
 
 
 if __name__ == "__main__":
-    path, act = Path(sys.argv[2]), {"build": build, "add": add, "save": save}[sys.argv[3]]
+    path, act = Path(sys.argv[2]), {"build": build, "add": add, "save": save, "copy": copy}[sys.argv[3]]
     killed, rows = 0, []
     if act is build:
         while in_child(build, path, 5 * (killed + 1)):
@@ -92,14 +104,18 @@ if __name__ == "__main__":
             if is_index(path) and not Path(f"{path}.parts", "run.json").exists():
                 break  # killed when all was done
         in_child(check, path)
-    elif act is save:
-        for operation in count(1):
+    elif act in (save, copy):
+        if act is copy:
+            in_child(build, path / "source")
+        for operation in count(1, 3 if act is copy else 1):
             folder = path / str(operation)
-            if not in_child(save, folder, operation):
+            if not in_child(act, folder, operation):
                 break
             killed += 1
-            if not is_index(folder):
-                in_child(save, folder)
+            if act is copy or not is_index(folder):
+                in_child(act, folder)
+            if act is copy:
+                in_child(check, folder)
     else:
         for operation in range(1, 13):
             killed += in_child(add, path, operation)

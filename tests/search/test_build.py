@@ -204,7 +204,7 @@ def test_killed_at_file_operations_the_index_is_the_same(tiny_bert, tmp_path):
     }
     done = subprocess.run(
         [sys.executable, WORKER, tiny_bert, tmp_path / "index", "build"],
-        env=environment, capture_output=True, text=True, timeout=100,
+        env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["killed"] >= 2

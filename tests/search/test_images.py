@@ -70,10 +70,20 @@ def test_captions_of_a_feature_store(model, folder, tmp_path):
     index = index_images(folder, model, tmp_path / "index", captions=captions_by_image(store))
     assert [hit.text for hit in index.get(names)] == ["a\nb", "c", "d"]
     assert len(index) == 3
+    assert index.info()["rows_are"] == "images"
     (folder / "1.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 3 images are not in .*, the first is 1\.jpg"):
         index_images(folder, model, tmp_path / "again", captions=captions_by_image(store))
     assert not (tmp_path / "again").exists()
+
+
+def test_an_index_that_searches_some_is_tuned_on_sentences(model, folder, tmp_path):
+    by_image = {f"{number}.jpg": [f"a dog {number}", f"snow {number}"] for number in range(7)}
+    for number, (options, queries) in enumerate([({"captions": by_image}, 14), ({"tune_queries": ["a", "b"]}, 2)]):
+        tuning = index_images(folder, model, tmp_path / str(number), factory="HNSW8", **options).backend.tuning
+        assert (tuning.queries, tuning.source) == (queries, "queries")
+    with pytest.raises(ValueError, match="`tune_queries` are"):
+        index_images(folder, model, tmp_path / "none", tune_queries=[])
 
 
 def test_images_are_removed_but_texts_not_added(tiny_multimodal, folder, tmp_path):

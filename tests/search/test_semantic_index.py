@@ -365,6 +365,16 @@ def test_a_first_save_that_was_killed_anywhere_can_be_repeated(tiny_bert, tmp_pa
     assert left == []
 
 
+def test_a_copy_that_was_killed_anywhere_goes_on(tiny_bert, tmp_path):
+    report = run_worker(tiny_bert, tmp_path, "copy")
+    assert report["killed"] > 6
+    model = build_student(str(tiny_bert)).to("cpu")
+    assert not list(tmp_path.glob("*.copy"))
+    copies = [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "source"]
+    assert len(copies) == report["killed"] + 1
+    assert {len(SemanticIndex.load(copy, model)) for copy in copies} == {120}
+
+
 def run_worker(model, path, act):
     environment = {
         **os.environ,
@@ -372,7 +382,7 @@ def run_worker(model, path, act):
         "PYTHONPATH": f"{WORKER.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     done = subprocess.run(
-        [sys.executable, WORKER, model, path, act], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, WORKER, model, path, act], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from st_kdmcse import build_student
 from st_kdmcse.search import SemanticIndex, index_images
-from st_kdmcse.search.limits import Limits, RateLimit, SharedTurns
+from st_kdmcse.search.limits import BusyError, Limits, RateLimit, SharedTurns
 from st_kdmcse.search.server import LOCAL_HOSTS, create_app, is_local, listen
 
 HOSTILE = ["<script>document.title = 'taken'</script>", '<img src=x onerror="alert(1)"> & "quoted"']
@@ -117,12 +117,13 @@ def test_info(client, tiny_bert):
             "query_characters": 1000,
             "results": 100,
             "requests_per_minute": 120,
-            "waiting": 16,
+            "waiting": 64,
             "queries": 64,
             "image_bytes": 10 << 20,
         },
         "images": False,
         "image_queries": False,
+        "rows_are": "texts",
     }
 
 
@@ -279,8 +280,27 @@ def test_searches_take_turns_and_not_too_many_wait(index, monkeypatch):
     assert together == [1, 1], "those that waited are searched for together"
 
 
+def test_queries_that_wait_are_counted_not_requests():
+    turns, gate = SharedTurns(waiting=3, most=4), threading.Event()
+
+    async def ask():
+        def answer(items):
+            assert gate.wait(30)
+            return items
+
+        admitted = [asyncio.ensure_future(turns.take(answer, list(range(size)), 0)) for size in (1, 2, 9)]
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError):
+            await turns.take(answer, [0], 0)
+        gate.set()
+        assert [len(found) for found in await asyncio.gather(*admitted)] == [1, 2, 9]
+        return await turns.take(answer, [0], 0)
+
+    assert asyncio.run(ask()) == [0], "there is room again"
+
+
 def test_questions_of_one_kind_share_a_turn():
-    turns, gate, calls = SharedTurns(waiting=10, most=4), threading.Event(), []
+    turns, gate, calls = SharedTurns(waiting=20, most=4), threading.Event(), []
 
     def answer(items):
         calls.append(items)
