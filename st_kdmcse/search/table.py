@@ -20,6 +20,7 @@ Positions = npt.NDArray[np.int64]
 _SCHEMA = """CREATE TABLE IF NOT EXISTS "rows" (
     position INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, text TEXT NOT NULL, metadata TEXT NOT NULL)"""
 _AMONG = "(SELECT value FROM json_each(?))"
+_PARAMETERS = 500
 _OPERATORS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
@@ -173,9 +174,12 @@ class RowTable:
 
     def rows(self, positions: Iterable[int]) -> dict[int, tuple[str, str, dict[str, Any]]]:
         """Id, text and metadata by position."""
-        query = f'SELECT position, id, text, metadata FROM "rows" WHERE position IN {_AMONG}'
+        wanted, found = [int(position) for position in positions], []
         with self._lock:
-            found = self._database.execute(query, (_json(int(position) for position in positions),)).fetchall()
+            for start in range(0, len(wanted), _PARAMETERS):
+                some = wanted[start : start + _PARAMETERS]  # twice as fast as a list in JSON
+                query = f'SELECT position, id, text, metadata FROM "rows" WHERE position IN (?{",?" * (len(some) - 1)})'
+                found += self._database.execute(query, some).fetchall()
         nothing = json.dumps({})  # is most often there, and need not be read
         return {
             position: (key, text, {} if metadata == nothing else json.loads(metadata))
