@@ -111,7 +111,7 @@ def create_app(
     gallery_of(index)
     current = _Current(index)
     search_turns = SharedTurns(limits.waiting, limits.queries)
-    other_turns = Turns(limits.waiting * limits.results)
+    other_turns = Turns(max(1, limits.waiting) * limits.results)
     search_rate = RateLimit(limits.requests_per_minute)
     other_rate = RateLimit(limits.requests_per_minute * limits.results)
     app = FastAPI(
