@@ -29,7 +29,8 @@ _ROUNDING = 1e-5
 _QUANTILE = 2.576
 """Of the normal distribution: half a percent lies above."""
 _NEIGHBOURS, _REFERENCE = 512, 30
-_SMALLEST_GROUP, _JUMP = 10, 1.35
+_SMALLEST_GROUP, _JUMP, _GAP, _SHARE = 10, 1.35, 1.05, 0.35
+_SAMPLE = 500
 _MOST_CANDIDATES = 64
 _QUERIES_AT_A_TIME = 256
 
@@ -117,8 +118,9 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
 
     A query that is new has no copy in the index; a row may have many, which are found with ease and would flatter the
     recall. So a row's near-copies are taken out with it: those less than half as far (in 1 - cosine) as its thirtieth
-    neighbour, or as half of what is usual for that; and where they are many, up to 256, those before the widest gap in
-    a stretch in which twice as many neighbours are 1.35 times as far. At most a fifth of the rows is taken out.
+    neighbour, or as half of what is usual for that. Copies may be more, up to 256: those before the widest gap in a
+    stretch in which twice as many neighbours are 1.35 times as far, if they are about a third as far as two rows that
+    have nothing to do with each other. At most a fifth of the rows is taken out.
 
     Args:
         vectors: (n, dim) of length 1.
@@ -134,7 +136,8 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
     drawn = np.random.default_rng(0).choice(rows, count, replace=False)
     queries = as_float(vectors[drawn])
     scores, found = exact_search(vectors, queries, min(_NEIGHBOURS, rows), show_progress_bar=show_progress_bar)
-    near = _near_copies(1 - scores)
+    unrelated = float(np.median(1 - queries[:_SAMPLE] @ queries[:_SAMPLE].T))
+    near = _near_copies(1 - scores, _SHARE * unrelated)
     absent: set[int] = set()
     used = 0
     for row, copies in zip(drawn.tolist(), (each[these] for each, these in zip(found, near, strict=True)), strict=True):
@@ -153,21 +156,26 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
     return TuningQueries(queries[:used][enough], worst[enough], gone, "rows")
 
 
-def _near_copies(distances: Matrix) -> npt.NDArray[np.bool_]:
+def _near_copies(distances: Matrix, farthest: float) -> npt.NDArray[np.bool_]:
     """Which of the neighbours of each row are its copies.
 
     Args:
         distances: (q, k) of the neighbours, ascending.
+        farthest: distance up to which many may be copies.
     """
     count = distances.shape[1]
     usual = distances[:, min(_REFERENCE, count) - 1 :][:, :1]
     near = distances < np.maximum(usual, np.median(usual) / 2) / 2
     sizes = np.arange(_SMALLEST_GROUP, count // 2 + 1)
     jumps = distances[:, 2 * sizes - 1] > _JUMP * distances[:, sizes - 1]
+    jumps &= distances[:, sizes - 1] <= farthest
     for row in np.flatnonzero(jumps.any(axis=1)).tolist():
-        size = int(sizes[jumps[row]][-1])
-        group = size + int(np.argmax(np.diff(distances[row, size - 1 : 2 * size])))
-        near[row, :group] = True
+        for size in reversed(sizes[jumps[row]].tolist()):
+            group = size + int(np.argmax(np.diff(distances[row, size - 1 : 2 * size])))
+            last, following = distances[row, group - 1 : group + 1].tolist()
+            if last <= farthest and following > _GAP * last:
+                near[row, :group] = True
+                break
     return near
 
 
