@@ -46,7 +46,7 @@ class Limits:
     query_characters: int = 1_000
     results: int = 100
     requests_per_minute: int = 120
-    waiting: int = 64
+    waiting: int = 512
     queries: int = 64
     image_bytes: int = 10 << 20
 

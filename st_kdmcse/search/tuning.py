@@ -165,7 +165,7 @@ def _near_copies(distances: Matrix, farthest: float) -> npt.NDArray[np.bool_]:
     """
     count = distances.shape[1]
     usual = distances[:, min(_REFERENCE, count) - 1 :][:, :1]
-    near = distances < np.maximum(usual, np.median(usual) / 2) / 2
+    near: npt.NDArray[np.bool_] = distances < np.maximum(usual, np.median(usual) / 2) / 2
     sizes = np.arange(_SMALLEST_GROUP, count // 2 + 1)
     jumps = distances[:, 2 * sizes - 1] > _JUMP * distances[:, sizes - 1]
     jumps &= distances[:, sizes - 1] <= farthest

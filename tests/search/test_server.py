@@ -117,7 +117,7 @@ def test_info(client, tiny_bert):
             "query_characters": 1000,
             "results": 100,
             "requests_per_minute": 120,
-            "waiting": 64,
+            "waiting": 512,
             "queries": 64,
             "image_bytes": 10 << 20,
         },
