@@ -30,7 +30,7 @@ _QUANTILE = 2.576
 """Of the normal distribution: half a percent lies above."""
 _NEIGHBOURS, _REFERENCE = 512, 30
 _SMALLEST_GROUP, _JUMP, _GAP, _SHARE = 10, 1.35, 1.05, 0.35
-_SAMPLE = 500
+_SAMPLE, _FEWEST_QUERIES = 500, 100
 _MOST_CANDIDATES = 64
 _QUERIES_AT_A_TIME = 256
 
@@ -120,7 +120,8 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
     recall. So a row's near-copies are taken out with it: those less than half as far (in 1 - cosine) as its thirtieth
     neighbour, or as half of what is usual for that. Copies may be more, up to 256: those before the widest gap in a
     stretch in which twice as many neighbours are 1.35 times as far, if they are about a third as far as two rows that
-    have nothing to do with each other. At most a fifth of the rows is taken out.
+    have nothing to do with each other. At most a fifth of the rows is taken out; where that leaves fewer than 100
+    queries, all rows lie in such groups, and they are no copies.
 
     Args:
         vectors: (n, dim) of length 1.
@@ -138,13 +139,9 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
     scores, found = exact_search(vectors, queries, min(_NEIGHBOURS, rows), show_progress_bar=show_progress_bar)
     unrelated = float(np.median(1 - queries[:_SAMPLE] @ queries[:_SAMPLE].T))
     near = _near_copies(1 - scores, _SHARE * unrelated)
-    absent: set[int] = set()
-    used = 0
-    for row, copies in zip(drawn.tolist(), (each[these] for each, these in zip(found, near, strict=True)), strict=True):
-        taken = absent | {row, *copies.tolist()}
-        if used and len(taken) > rows // 5:
-            break
-        absent, used = taken, used + 1
+    absent, used = _taken_out(drawn, found, near, rows // 5)
+    if used < min(count, _FEWEST_QUERIES):  # groups of this size are how all rows lie
+        absent, used = _taken_out(drawn, found, _near_copies(1 - scores), rows // 5)
     gone = np.array(sorted(absent), dtype=np.int64)
     left = ~np.isin(found[:used], gone)
     wanted = min(RECALL_AT, rows - len(gone))
@@ -156,12 +153,26 @@ def rows_as_queries(vectors: Vectors, show_progress_bar: bool | None = None) -> 
     return TuningQueries(queries[:used][enough], worst[enough], gone, "rows")
 
 
-def _near_copies(distances: Matrix, farthest: float) -> npt.NDArray[np.bool_]:
+def _taken_out(
+    drawn: npt.NDArray[np.int64], found: npt.NDArray[np.int64], near: npt.NDArray[np.bool_], most: int
+) -> tuple[set[int], int]:
+    """Rows that go with the first of those that were drawn, up to a number; and how many of these that is."""
+    absent: set[int] = set()
+    used = 0
+    for row, copies in zip(drawn.tolist(), (each[these] for each, these in zip(found, near, strict=True)), strict=True):
+        taken = absent | {row, *copies.tolist()}
+        if used and len(taken) > most:
+            break
+        absent, used = taken, used + 1
+    return absent, used
+
+
+def _near_copies(distances: Matrix, farthest: float = 0) -> npt.NDArray[np.bool_]:
     """Which of the neighbours of each row are its copies.
 
     Args:
         distances: (q, k) of the neighbours, ascending.
-        farthest: distance up to which many may be copies.
+        farthest: distance up to which many may be copies; 0 takes no large groups for copies.
     """
     count = distances.shape[1]
     usual = distances[:, min(_REFERENCE, count) - 1 :][:, :1]
