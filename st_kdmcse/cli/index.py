@@ -343,7 +343,7 @@ def _fill(opened: SemanticIndex, records: RecordFile, total: int) -> None:
 
 
 def _queries(file: Path | None) -> list[str] | None:
-    return None if file is None else [record.text for record in RecordFile(file)]
+    return None if file is None else _texts(RecordFile(file))
 
 
 def _texts(chunk: Iterable[TextRecord]) -> list[str]:

@@ -114,10 +114,9 @@ def test_rows_as_queries_leave_their_near_copies_out():
 
 
 def test_rows_as_queries_leave_large_groups_of_copies_out():
-    texts = clustered(1_000, 0)
-    known = rows_as_queries(with_copies(texts, 60))
+    corpus = with_copies(clustered(1_000, 0), 60)
+    known = rows_as_queries(corpus)
     left = np.setdiff1d(np.arange(61_000), known.absent)
-    corpus = with_copies(texts, 60)
     expected, _ = exact_search(corpus[left], known.queries, 10)
     assert (expected[:, 0] < 0.93).mean() > 0.95, "what is left is no copy"
     assert len(known.absent) <= 12_200
